@@ -59,7 +59,7 @@ class Scheduler:
         self.propose = propose
         self.rope = rope
         self.whole_prompts = whole_prompts
-        self.pools_every_position = pools_every_position
+        self.pools_every_position = pools_every_position or whole_prompts
         self.admission = Admission(limits, estimate_s)
         self.paused = False
         self.requests: dict[str, Request] = {}
