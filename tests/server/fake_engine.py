@@ -78,7 +78,7 @@ def logprobs(token: int, num_alternatives: int) -> TokenLogprobs:
 
 
 class FakeAdapters:
-    """Takes every folder for an adapter, but for "bad"."""
+    """Takes every folder for an adapter, but for "bad" and "missing"; of "until:FILE" it waits for the file."""
 
     def __init__(self) -> None:
         self.names: dict[str, AdapterInfo] = {}
@@ -88,6 +88,8 @@ class FakeAdapters:
             raise UsageError("lora_A has shape [4, 64]; the model asks for [4, 32].", code="bad_adapter", param="lora")
         if source == "missing":
             raise EnvironmentFault("There is no folder 'missing'.", code="adapter_not_found", param="lora")
+        while source.startswith("until:") and not Path(source.removeprefix("until:")).exists():
+            time.sleep(0.01)
         if name in self.names and not replace:
             raise InvalidRequest(f"An adapter {name!r} is loaded already.", code="adapter_exists", param="lora_name")
         info = AdapterInfo(name, source, digest=f"digest of {source}", rank=4, memory_bytes=1024)

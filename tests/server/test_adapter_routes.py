@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,6 +99,19 @@ def test_web_pages_may_not_administer(server: RunningServer, path: str) -> None:
     body = {"lora_name": "x", "lora_path": "/a"}
     answer = server.http.post(path, json=body, headers={"Origin": server.url})
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "origin_not_allowed")
+
+
+def test_others_are_answered_while_an_adapter_is_read(server: RunningServer, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    with ThreadPoolExecutor(1) as threads:
+        loading = threads.submit(load, server, "sql", f"until:{file}")
+        try:
+            for _ in range(3):
+                assert server.post("/v1/completions", prompt="a b c", max_tokens=3).status_code == 200
+            assert not loading.done()
+        finally:
+            file.touch()
+        assert loading.result().status_code == 200
 
 
 def test_an_engine_that_died_has_its_adapters_again(server: RunningServer) -> None:

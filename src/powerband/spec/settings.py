@@ -192,10 +192,10 @@ class EngineSettings:
 
 def _named_adapter(text: str) -> tuple[str, str]:
     """'NAME=PATH' in its two parts. Raises UsageError."""
-    name, separator, source = text.partition("=")
+    name, separator, source = str(text).partition("=")
     if not separator or not source or not is_adapter_name(name):
         raise UsageError(
-            f"lora is {text[:200]!r}; it must be NAME=PATH.",
+            f"lora is {str(text)[:200]!r}; it must be NAME=PATH.",
             hint=f"Such as --lora sql=/adapters/sql. A name has at most {MAX_ADAPTER_NAME} printable characters.",
             param="lora",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,6 +28,8 @@ def adapter_targets(spec: ModelSpec) -> Mapping[str, AdapterTarget]:
 
     Found as weights find their place: in a model without memory.
     """
+    # Computing without memory loads half of torch, so that there is to be no rotary table.
+    spec = replace(spec, layers=tuple(replace(layer, rope=None) for layer in spec.layers))
     model = Decoder(spec, max_positions=1, dtype=torch.float32, device=torch.device("meta"))
     parts = {id(module.weight): name for name, module in adaptable_parts(model).items()}
     found = {}

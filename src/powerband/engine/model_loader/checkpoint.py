@@ -57,7 +57,10 @@ def resolve_adapter(name: str) -> Path:
             code="adapter_not_found",
             param="lora",
         )
-    return _fetch(name, None, lambda: list(ADAPTER_FILES), ())
+    try:
+        return _fetch(name, None, lambda: list(ADAPTER_FILES), ())
+    except EnvironmentFault as problem:
+        raise EnvironmentFault(problem.message, hint=problem.hint, code="adapter_not_found", param="lora") from problem
 
 
 def _is_hub_id(name: str) -> bool:
