@@ -29,6 +29,7 @@ class EngineRequest:
     tenant: str = ""
     deadline_s: float | None = None  # time.monotonic() by which the first token is wanted
     cache_salt: str = ""
+    adapter: str = ""  # digest of the adapter that the model is to compute with; "": none
     resumed_ids: list[int] = field(default_factory=list)  # output that it has already, from a replica that is gone
     pooling: PoolingParams | None = None  # one vector for the prompt instead of output; `params` are then not looked at
 
@@ -50,6 +51,7 @@ class Request:
     priority: int
     tenant: str
     deadline_s: float | None
+    adapter: str
     salt: bytes  # start of the key chain: requests with different salts share no block
     tokens: list[int]  # prompt and every confirmed output token
     num_prompt_tokens: int
@@ -107,7 +109,8 @@ def new_request(source: EngineRequest, *, max_length: int, epoch: int, pools_eve
         priority=source.priority,
         tenant=source.tenant,
         deadline_s=source.deadline_s,
-        salt=cache_root(source.tenant, source.cache_salt),
+        adapter=source.adapter,
+        salt=cache_root(source.tenant, source.cache_salt, source.adapter),
         tokens=[*source.token_ids, *source.resumed_ids],
         num_prompt_tokens=len(source.token_ids),
         max_length=min(len(source.token_ids) + asked, max_length),
@@ -125,9 +128,12 @@ def _uses_prefix_cache(source: EngineRequest, pools_every_position: bool) -> boo
     return source.params.prompt_logprobs is None
 
 
-def cache_root(tenant: str, cache_salt: str) -> bytes:
-    """The key before a chain's first block. Lengths are hashed too, so that ("a", "bc") and ("ab", "c") differ."""
-    parts = [part.encode() for part in (tenant, cache_salt)]
+def cache_root(tenant: str, cache_salt: str, adapter: str = "") -> bytes:
+    """The key before a chain's first block. Lengths are hashed too, so that ("a", "bc") and ("ab", "c") differ.
+
+    An adapter changes the keys and values of every position, so that its blocks are found by its requests only.
+    """
+    parts = [part.encode() for part in (tenant, cache_salt, *([adapter] if adapter else ()))]
     return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()
 
 

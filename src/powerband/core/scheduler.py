@@ -265,7 +265,7 @@ class Scheduler:
             r.running = True
             insort(self.running, r, key=_by_order)
             work = self._work(r, n, [], list(r.blocks))
-            work.new = NewRequest(list(r.tokens), r.num_prompt_tokens, r.params, r.rope_length, r.pooling)
+            work.new = NewRequest(list(r.tokens), r.num_prompt_tokens, r.params, r.rope_length, r.adapter, r.pooling)
             works.append(work)
             budget -= n
             if self.policy.dynamic:

@@ -32,6 +32,7 @@ class NewRequest:
     num_prompt_tokens: int
     params: SamplingParams
     rope_length: int = 0  # its keys are rotated by at least this length (spec.rope.rope_length)
+    adapter: str = ""  # digest of its adapter; "": none
     pooling: PoolingParams | None = None  # its last work yields a vector, and no token
 
 

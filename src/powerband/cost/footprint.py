@@ -57,6 +57,16 @@ def activation_bytes(spec: ModelSpec, *, tokens: int, dtype: str) -> int:
     return tokens * (alive + max(parts))
 
 
+def adapter_bytes(spec: ModelSpec, *, rank: int, dtype: str) -> int:
+    """A LoRA adapter of all projections of attention and dense MLPs: A [rank, in] and B [out, rank]."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    attention = (3 * hidden + queries + 2 * keys) + (queries + hidden)
+    mlp = (2 * hidden + 2 * inner) + (inner + hidden)
+    num_dense = sum(layer.num_experts == 0 for layer in spec.layers)
+    return rank * (spec.num_layers * attention + num_dense * mlp) * dtype_bytes(dtype)
+
+
 def sampling_bytes(spec: ModelSpec, *, rows: int, dtype: str) -> int:
     """Logits of `rows` positions, twice (four times with a soft cap), and the working memory of sampling.
 

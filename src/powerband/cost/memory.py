@@ -27,12 +27,14 @@ class MemoryPlan:
     kv_dtype: str
     device_memory_bytes: int
     available_bytes: int  # that the engine may use
-    parts: Mapping[str, int]  # bytes by name: weights, kv_cache, activations, attention, sampling, runtime
+    parts: Mapping[str, int]  # bytes by name: weights, adapters, kv_cache, activations, attention, sampling, runtime
     num_blocks: int
     block_size: int
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_loras: int = 0
+    max_lora_rank: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -74,6 +76,7 @@ class MemoryPlan:
         """
         found = measured or {}
         details = {
+            "adapters": f" ({self.max_loras} of rank {self.max_lora_rank})",
             "kv_cache": f" ({self.num_blocks} blocks, {self.kv_tokens} tokens)",
             "activations": f" ({self.max_num_batched_tokens} tokens)",
             "sampling": f" ({min(self.max_num_seqs, self.max_num_batched_tokens)} rows)",
@@ -138,6 +141,8 @@ def plan_memory(
         max_model_len=max_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_loras=settings.adapter_slots,
+        max_lora_rank=settings.max_lora_rank,
         notes=_notes(sizing, max_len),
     )
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from powerband.cost.footprint import activation_bytes, attention_bytes, runtime_bytes, sampling_bytes
+from powerband.cost.footprint import (
+    activation_bytes,
+    adapter_bytes,
+    attention_bytes,
+    runtime_bytes,
+    sampling_bytes,
+)
 from powerband.cost.precision import kv_dtype, weight_precisions
 from powerband.spec.checkpoint.quantization import WeightPrecisions
 from powerband.spec.model.counts import kv_bytes_per_token, parameter_bytes
@@ -14,6 +20,7 @@ from powerband.spec.settings import EngineSettings, memory_bytes
 
 LABELS = {
     "weights": "weights",
+    "adapters": "LoRA adapters",
     "kv_cache": "KV cache",
     "activations": "activations",
     "attention": "attention workspace",
@@ -85,8 +92,11 @@ class Sizing:
         max_len = min(self.requested_len, kv_tokens)
         tokens = settings.max_num_batched_tokens
         rows = min(settings.max_num_seqs, tokens)
+        slots = settings.adapter_slots
+        adapters = {"adapters": slots * adapter_bytes(spec, rank=settings.max_lora_rank, dtype=dtype)} if slots else {}
         return {
             "weights": parameter_bytes(spec, dtype, self.held),
+            **adapters,
             "kv_cache": num_blocks * self.block_bytes,
             "activations": activation_bytes(spec, tokens=tokens, dtype=dtype),
             "attention": attention_bytes(

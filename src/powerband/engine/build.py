@@ -27,13 +27,14 @@ from powerband.cost.precision import auto_dtype
 from powerband.cost.sizing import readable
 from powerband.cost.step_log import RunConfiguration
 from powerband.engine.attention import BackendSelection, choose_backend
-from powerband.engine.client.messages import EngineInfo
+from powerband.engine.client.messages import AdapterInfo, EngineInfo
 from powerband.engine.device_estimates import DeviceEstimates, find_device_estimates
 from powerband.engine.executor.cuda_graphs import MAX_ROWS, can_capture
 from powerband.engine.executor.local import ExecutorConfig, Progress, TorchExecutor, device_name
 from powerband.engine.grammar_inbox import GrammarInbox
 from powerband.engine.kernels.cpu.library import FAST_TIERS, load_with_progress
 from powerband.engine.kernels.cpu.library import Status as KernelStatus
+from powerband.engine.lora.registry import AdapterRegistry
 from powerband.engine.model_loader.generation_config import end_token_ids, sampling_defaults
 from powerband.engine.model_loader.weights import resolve_model
 from powerband.engine.residuals import Residuals
@@ -65,6 +66,7 @@ class Engine:
     spec: ModelSpec
     settings: EngineSettings  # with every "auto" and default that depends on model or machine filled in
     executor: TorchExecutor
+    adapters: AdapterRegistry
     scheduler: Scheduler
     memory: MemoryPlan
     form: RunConfiguration
@@ -124,23 +126,49 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     grammars = Grammars(partial(_grammar_tokens, settings, spec, folder))
     config = _executor_config(settings, spec, folder, device, choice, memory, kernels)
     executor = TorchExecutor(config, on_progress, grammars)
+    report = _start(executor, memory, stopwatch, on_progress)
+    estimates = find_device_estimates(form, spec, memory)
+    scheduler = _scheduler(settings, spec, memory, executor, estimates)
+    adapters = _adapters(settings, spec, executor, scheduler, on_progress)
+    if settings.lora:
+        stopwatch.lap("adapters")
+    report = replace(report, seconds=stopwatch.seconds)
+    residuals = Residuals(estimates.model) if estimates is not None else None
+    gate = GrammarInbox(inbox, grammars)
+    core = EngineCore(scheduler, executor, clock, gate, _all_of(step_log, residuals))
+    info = _info(settings, spec, folder, defaults, memory, report, choice, kernels, executor, adapters.infos())
+    info.refuses_late = estimates is not None
+    parts = (executor, adapters, scheduler, memory, form, residuals, report, step_log, grammars, gate)
+    return Engine(core, info, spec, settings, *parts)
+
+
+def _start(executor: TorchExecutor, memory: MemoryPlan, stopwatch: _Stopwatch, on_progress: Progress) -> DeviceReport:
     with _memory_errors(memory):
         report = executor.start()
         stopwatch.take(report.seconds)
         on_progress("kv_cache", 0.0)
         executor.init_kv_cache(memory.num_blocks)
     stopwatch.lap("kv_cache")
-    report = replace(report, seconds=stopwatch.seconds)
-    estimates = find_device_estimates(form, spec, memory)
-    scheduler = _scheduler(settings, spec, memory, executor, estimates)
-    residuals = Residuals(estimates.model) if estimates is not None else None
-    gate = GrammarInbox(inbox, grammars)
-    core = EngineCore(scheduler, executor, clock, gate, _all_of(step_log, residuals))
-    info = _info(settings, spec, folder, defaults, memory, report, choice, kernels, executor)
-    info.refuses_late = estimates is not None
-    return Engine(
-        core, info, spec, settings, executor, scheduler, memory, form, residuals, report, step_log, grammars, gate
+    return report
+
+
+def _adapters(
+    settings: EngineSettings, spec: ModelSpec, executor: TorchExecutor, scheduler: Scheduler, on_progress: Progress
+) -> AdapterRegistry:
+    """The settings' adapters, loaded. Raises as `AdapterRegistry.load`."""
+    held, device = executor.runner.adapters, executor.config.device
+    registry = AdapterRegistry(
+        spec,
+        settings,
+        held,
+        device,
+        kernels=executor.config.kernels,
+        in_use=lambda: {r.adapter for r in scheduler.requests.values()},
     )
+    for name, source in settings.adapters().items():
+        on_progress("adapters", len(registry.infos()) / len(settings.lora))
+        registry.load(name, source)
+    return registry
 
 
 def _grammar_tokens(settings: EngineSettings, spec: ModelSpec, folder: Path) -> LLTokenizer:
@@ -242,6 +270,7 @@ def _executor_config(
         overlap=bool(settings.async_scheduling),
         held=memory.held,
         weight_cache=settings.weight_cache == "auto",
+        adapters=settings.adapter_slots > 0,
         graph_rows=graph_rows(settings, device, choice),
     )
 
@@ -322,8 +351,9 @@ def _info(
     choice: BackendSelection,
     kernels: KernelStatus,
     executor: TorchExecutor,
+    adapters: list[AdapterInfo],
 ) -> EngineInfo:
-    measured = {"weights": report.weights_bytes}
+    measured = {"weights": report.weights_bytes, "adapters": sum(one.memory_bytes for one in adapters)}
     if (resident := _resident_bytes(executor.config.device)) is not None:
         measured["total"] = resident
     phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.seconds.items())
@@ -353,6 +383,7 @@ def _info(
         dtype=settings.dtype,
         summary=summary,
         config=asdict(settings),
+        adapters=adapters,
         generates=spec.generates,
         pooling=spec.pooling,
     )

@@ -19,7 +19,14 @@ from powerband.server.pooling.protocol import (
     ScoreList,
     ScoreRequest,
 )
-from powerband.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from powerband.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    LoadAdapterRequest,
+    TokenizeRequest,
+    UnloadAdapterRequest,
+)
 from powerband.server.replica import ServerState
 from powerband.server.replies import (
     AdminState,
@@ -32,10 +39,12 @@ from powerband.server.replies import (
     ModelCard,
     ModelList,
     Tokenized,
+    UnloadedAdapter,
     Version,
 )
 from powerband.server.responses.objects import InputTokenCount, ResponseEvent, ResponseObject
 from powerband.server.responses.requests import ResponsesRequest
+from powerband.server.routes.adapters import AdapterRoutes
 from powerband.server.routes.admin import AdminRoutes
 from powerband.server.routes.chat import ChatRoutes
 from powerband.server.routes.completions import CompletionRoutes
@@ -68,8 +77,9 @@ def operations(replica: ServerState) -> list[Operation]:
         Operation(
             "POST", "/detokenize", tokens.detokenize, "Token ids to text", Detokenized, DetokenizeRequest, None, _TAKEN
         ),
-        Operation("GET", "/v1/models", models.models, "The served model", ModelList, errors=(503,)),
-        Operation("GET", "/v1/models/{name:path}", models.model, "One served model", ModelCard, errors=(404, 503)),
+        Operation("GET", "/v1/models", models.models, "The model and its adapters", ModelList, errors=(503,)),
+        Operation("GET", "/v1/models/{name:path}", models.model, "One of them", ModelCard, errors=(404, 503)),
+        *_administering_adapters(AdapterRoutes(replica)),
         Operation("GET", "/version", models.version, "The server's version", Version),
         Operation("GET", "/livez", health.live, "Is the process there?", Health),
         Operation("GET", "/startupz", health.started, "Has the engine started?", Health, errors=(503,)),
@@ -85,6 +95,23 @@ def operations(replica: ServerState) -> list[Operation]:
                 ("resume", admin.resume, "End pause and drain"),
                 ("reset_prefix_cache", admin.reset_prefix_cache, "Forget cached prefixes"),
             )
+        ),
+    ]
+
+
+def _administering_adapters(adapters: AdapterRoutes) -> list[Operation]:
+    load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+    return [
+        Operation("POST", load, adapters.load, "Load a LoRA adapter", ModelCard, LoadAdapterRequest, None, _TAKEN),
+        Operation(
+            "POST",
+            unload,
+            adapters.unload,
+            "Unload a LoRA adapter",
+            UnloadedAdapter,
+            UnloadAdapterRequest,
+            None,
+            _TAKEN,
         ),
     ]
 

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from powerband.documents import LFS_HINT, is_lfs_pointer
 from powerband.errors import EnvironmentFault, InvalidRequest
+from powerband.files import open_regular
 from powerband.text.added_tokens import CONFIG, TokenFiles, read_table, read_token_files
 from powerband.text.pieces import PieceRules, piece_rules
 from powerband.text.tokenizer_class import tokenizer_class
@@ -72,7 +73,7 @@ class Tokenizer:
         if not path.is_dir():
             path = _download(str(folder), revision)
         file = path / "tokenizer.json"
-        if not file.is_file():
+        if not file.exists():
             legacy = next((name for name in _LEGACY_FILES if (path / name).is_file()), None)
             if legacy is None:
                 return None
@@ -82,11 +83,17 @@ class Tokenizer:
                 f"T.from_pretrained('{path}').save_pretrained('{path}')\"",
                 code="tokenizer_format",
             )
-        with file.open("rb") as opened:
-            if is_lfs_pointer(opened.read(200)):
-                raise EnvironmentFault(
-                    f"{file} is a Git LFS pointer, not the file.", hint=LFS_HINT, code="tokenizer_format"
-                )
+        try:
+            with open_regular(file) as opened:
+                content = opened.read(200)
+        except OSError as error:
+            raise EnvironmentFault(
+                f"{file} cannot be read: {error.strerror}.", hint="Fetch the file again.", code="tokenizer_format"
+            ) from error
+        if is_lfs_pointer(content):
+            raise EnvironmentFault(
+                f"{file} is a Git LFS pointer, not the file.", hint=LFS_HINT, code="tokenizer_format"
+            )
         if (num_bytes := file.stat().st_size) > _MAX_FILE_BYTES:
             raise EnvironmentFault(
                 f"{file} has {num_bytes:,} bytes; the limit is {_MAX_FILE_BYTES:,}.", code="tokenizer_format"

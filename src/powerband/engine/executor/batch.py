@@ -15,6 +15,7 @@ from llguidance import LLMatcher
 from powerband.core.params import SamplingParams
 from powerband.core.step import Work
 from powerband.engine.attention.base import AttentionBatch
+from powerband.engine.linear.adapters import AdapterWeights
 from powerband.engine.pooling.pooler import PoolingState
 from powerband.engine.sampling.logits import SamplingState
 
@@ -31,6 +32,7 @@ class RequestState:
     num_prompt_tokens: int
     sampling: SamplingState
     rope_length: int = 0
+    adapter: AdapterWeights | None = None
     pooling: PoolingState | None = None  # its prompt is pooled, and nothing sampled
     blocks: Int32s = field(default_factory=lambda: np.zeros(8, np.int32))  # grows by doubling
     num_blocks: int = 0
@@ -54,6 +56,11 @@ class Row:
 
     work: Work
     state: RequestState
+
+    @property
+    def order(self) -> tuple[bool, str]:
+        """Decodes come first, and among these and the others the rows of one adapter together."""
+        return self.work.num_tokens != 1, self.state.adapter.digest if self.state.adapter is not None else ""
 
 
 @dataclass(frozen=True, slots=True)

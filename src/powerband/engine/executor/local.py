@@ -19,6 +19,7 @@ from powerband.engine.executor.cuda_graphs import DecodeGraphs
 from powerband.engine.executor.runner import ModelRunner
 from powerband.engine.executor.warm_up import warm_up
 from powerband.engine.layers.cpu import use_cpu_layers
+from powerband.engine.lora.targets import adaptable_parts
 from powerband.engine.model_loader.linear_methods import LinearMethodSelector
 from powerband.engine.model_loader.weight_cache import WeightCache
 from powerband.engine.model_loader.weights import fill_random, load_weights
@@ -57,6 +58,7 @@ class ExecutorConfig:
     overlap: bool
     held: WeightPrecisions = PLAIN  # what projections and head are held in
     weight_cache: bool = False  # keep quantized weights for the next start
+    adapters: bool = False  # LoRA adapters may be loaded
     graph_rows: int = 0  # largest batch of decodes to capture CUDA graphs for; 0: none
 
 
@@ -109,6 +111,13 @@ class TorchExecutor:
             from powerband.engine.layers.triton import use_fused_layers  # Triton is not everywhere
 
             use_fused_layers(model)
+        if config.adapters:
+            if not isinstance(model, Decoder):
+                raise UsageError(
+                    "Encoders take no LoRA adapters.", hint="Leave --lora and --max-loras out.", param="lora"
+                )
+            for name, part in adaptable_parts(model).items():
+                part.use_adapters(model.adapters, name)
         self._runner = ModelRunner(
             model,
             self.attention,

@@ -14,6 +14,7 @@ from powerband.core.step import ErrorInfo, Step, StepResult, TokenLogprobs, Work
 from powerband.engine.attention.base import AttentionBackend
 from powerband.engine.executor.batch import InputBuffers, Inputs, RequestState, Row
 from powerband.engine.executor.grammar_masks import GrammarMasks, PendingMasks, consume
+from powerband.engine.linear.adapters import AdapterRows, AdapterWeights
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.models.encoder import Encoder
 from powerband.engine.models.registry import Model
@@ -96,6 +97,7 @@ class ModelRunner:
             with_types=isinstance(model, Encoder),
         )
         self._states: dict[str, RequestState] = {}
+        self.adapters: dict[str, AdapterWeights] = {}  # by digest
         self._grammars = grammars
         self._masks = GrammarMasks(grammars, device) if grammars is not None else None
 
@@ -118,7 +120,7 @@ class ModelRunner:
             except PowerbandError as error:
                 self._states.pop(work.id, None)
                 pending.failed[work.id] = error_info(error)
-        rows.sort(key=lambda row: row.work.num_tokens != 1)  # decodes first
+        rows.sort(key=lambda row: row.order)
         if rows:
             self._run_isolated(rows, pending)
         return pending
@@ -146,6 +148,7 @@ class ModelRunner:
                 new.num_prompt_tokens,
                 sampling,
                 new.rope_length,
+                self._adapter(new.adapter),
                 pooling,
             )
             if new.params.grammar is not None:
@@ -155,6 +158,12 @@ class ModelRunner:
             raise PowerbandError(f"Request {work.id} has failed before.")
         state.append_blocks(work.new_blocks)
         return state
+
+    def _adapter(self, digest: str) -> AdapterWeights | None:
+        """What a request computes with, and keeps alive. Raises InvalidRequest."""
+        if digest and digest not in self.adapters:
+            raise InvalidRequest("The request's adapter is not loaded.", code="adapter_not_found", param="model")
+        return self.adapters[digest] if digest else None
 
     def _matcher(self, grammar: str, output: list[int]) -> LLMatcher:
         if self._grammars is None:
@@ -185,6 +194,8 @@ class ModelRunner:
         inputs = self._inputs.build(rows)
         starts = inputs.batch.query_starts_host
         self._fill_pending(rows, inputs.token_ids, starts)
+        if isinstance(self.model, Decoder):
+            self.model.adapters.groups = _adapter_rows(rows, starts)
         sampling = [index for index, row in enumerate(rows) if row.work.samples and row.state.pooling is None]
         masks = self._masks.start([rows[index] for index in sampling]) if self._masks is not None else None
         hidden = self.forward(inputs)
@@ -257,3 +268,16 @@ class ModelRunner:
 
     def _indices(self, values: list[int]) -> torch.Tensor:
         return to_device(values, torch.int64, self.device)
+
+
+def _adapter_rows(rows: list[Row], starts: list[int]) -> list[AdapterRows]:
+    """The tokens of each adapter, of rows that lie together."""
+    groups: list[AdapterRows] = []
+    for row, start, end in zip(rows, starts, starts[1:], strict=False):
+        weights = row.state.adapter
+        if weights is None:
+            continue
+        if groups and groups[-1].weights is weights and groups[-1].end == start:
+            start = groups.pop().start
+        groups.append(AdapterRows(weights, start, end))
+    return groups

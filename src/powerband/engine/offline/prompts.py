@@ -35,11 +35,18 @@ class PromptReader:
         self._known: dict[bytes, str] = {}  # the last specification's grammar: prompts in a row mostly share it
 
     def read(
-        self, prompt: Prompt, params: SamplingParams, *, id: str, priority: int, reader: OutputReader | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        id: str,
+        priority: int,
+        adapter: str = "",
+        reader: OutputReader | None = None,
     ) -> PromptGroup:
         """The requests for one prompt: n of them. Raises InvalidRequest or RequestTooLong.
 
-        reader: of a chat's outputs.
+        adapter: as `EngineRequest.adapter`. reader: of a chat's outputs.
         """
         text, ids = self._text_and_ids(prompt)
         self._check(ids)
@@ -54,6 +61,7 @@ class PromptReader:
                 params=own,
                 arrival_s=time.monotonic(),
                 priority=priority,
+                adapter=adapter,
             )
             processor = (reader or OutputReader()).processor(self._tokenizer, own, ids)
             answers.append(Answer(index, request, processor, is_chat=reader is not None))
