@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from powerband.core.params import SamplingParams
+    from powerband.core.params import PoolingParams, SamplingParams
     from powerband.core.structured_outputs import StructuredOutputsParams
     from powerband.engine.offline.adapters import LoRARequest
     from powerband.engine.offline.llm import LLM
 
     __version__: str
 
-__all__ = ["LLM", "LoRARequest", "SamplingParams", "StructuredOutputsParams", "__version__"]
+__all__ = ["LLM", "LoRARequest", "PoolingParams", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -35,6 +35,10 @@ def __getattr__(name: str) -> Any:
         from powerband.core.params import SamplingParams
 
         return SamplingParams
+    if name == "PoolingParams":
+        from powerband.core.params import PoolingParams
+
+        return PoolingParams
     if name == "StructuredOutputsParams":
         from powerband.core.structured_outputs import StructuredOutputsParams
 

@@ -88,6 +88,9 @@ def attention_bytes(
     times. Decodes read the keys and values of their contexts, `kv_tokens` in all, and hold scores and weights.
     `in_place`: kernels read the cache where it is and keep a partial result of each split of each decode.
     """
+    if spec.encoder is not None:
+        # Padded queries, keys and values, what attention makes of them, and scores where they are held in memory.
+        return tokens * round(_PADDING * (4 * spec.hidden_size + spec.num_heads * max_len) * dtype_bytes(dtype))
     if in_place:
         return rows * spec.num_heads * _DECODE_SPLITS * (spec.head_dim + 2) * 4
     size, per_token = dtype_bytes(dtype), kv_bytes_per_token_per_layer(spec, dtype)

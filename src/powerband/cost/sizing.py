@@ -108,15 +108,22 @@ class Sizing:
                 kv_tokens=kv_tokens,
                 dtype=dtype,
             ),
-            "sampling": sampling_bytes(spec, rows=rows, dtype=dtype),
+            "sampling": sampling_bytes(spec, rows=rows, dtype=dtype) if spec.generates else 0,
             "runtime": runtime_bytes(spec, kind=kind, graphs=not settings.enforce_eager, max_len=max_len, dtype=dtype),
         }
 
     def total(self, num_blocks: int) -> int:
         return sum(self.parts(num_blocks).values())
 
+    @property
+    def _encoder_blocks(self) -> int:
+        """Blocks of two steps' texts, which take no memory: with them the scheduler counts what is on its way."""
+        return 2 * (self.blocks_for(self.settings.max_num_batched_tokens) + self.settings.max_num_seqs)
+
     def max_blocks(self) -> int:
         """The most blocks with which everything fits into what is available; 0 when not even one does."""
+        if self.spec.encoder is not None:
+            return self._encoder_blocks if self.total(0) <= self.available else 0
         low, high = 0, self.available // self.block_bytes + 1
         while high - low > 1:
             middle = (low + high) // 2
@@ -128,6 +135,8 @@ class Sizing:
 
     def chosen_blocks(self) -> int:
         """Blocks by the user's word, else the device's default. The former may be more than fit."""
+        if self.spec.encoder is not None:
+            return self._encoder_blocks
         if self.settings.kv_cache_memory is not None:
             return memory_bytes(self.settings.kv_cache_memory) // self.block_bytes
         limit = self.max_blocks()

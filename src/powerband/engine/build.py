@@ -42,7 +42,7 @@ from powerband.engine.step_log import StepLog
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.hardware.device import Device, detect_cpu
 from powerband.spec.model.model_spec import ModelSpec
-from powerband.spec.model.reader import read_model_spec
+from powerband.spec.model.reader import converted, read_model_spec
 from powerband.spec.settings import EngineSettings
 from powerband.structured.compiled import Grammars
 from powerband.structured.tokens import grammar_tokens
@@ -93,7 +93,7 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     stopwatch = _Stopwatch()
     on_progress("resolve", 0.0)
     folder = resolve_model(settings)
-    spec = read_model_spec(folder)
+    spec = converted(read_model_spec(folder), settings.convert)
     defaults = sampling_defaults(settings, folder)
     _check_quantization(spec, folder)
     stopwatch.lap("resolve")
@@ -115,6 +115,8 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
         block_size=settings.block_size,
         head_dim=spec.head_dim,
     )
+    if spec.encoder is not None:
+        choice = BackendSelection("reference", "an encoder attends to whole texts, in plain torch")
     _check_kv_cache(settings, choice)
     memory = _plan(spec, replace(settings, attention_backend=choice.name), device, cpu, dtype)
     stopwatch.lap("plan")
@@ -314,7 +316,9 @@ def _scheduler(
     executor: TorchExecutor,
     estimates: DeviceEstimates | None,
 ) -> Scheduler:
-    kv = KVCacheManager(memory.num_blocks, settings.block_size, prefix_caching=settings.enable_prefix_caching)
+    kv = KVCacheManager(
+        memory.num_blocks, settings.block_size, prefix_caching=settings.enable_prefix_caching and spec.encoder is None
+    )
     limits = SchedulerLimits(
         max_model_len=memory.max_model_len,
         max_num_seqs=settings.max_num_seqs,
@@ -325,7 +329,16 @@ def _scheduler(
     )
     estimate_s = estimates.first_token(settings.max_num_batched_tokens) if estimates is not None else None
     policy = make_policy(settings.scheduling_policy, kv)
-    return Scheduler(kv, limits, policy=policy, relay=executor.relay, estimate_s=estimate_s, rope=spec.length_rope)
+    return Scheduler(
+        kv,
+        limits,
+        policy=policy,
+        relay=executor.relay,
+        estimate_s=estimate_s,
+        rope=spec.length_rope,
+        whole_prompts=spec.encoder is not None,
+        pools_every_position=spec.pooling is not None and spec.pooling.needs_every_position,
+    )
 
 
 def _info(
@@ -371,6 +384,8 @@ def _info(
         summary=summary,
         config=asdict(settings),
         adapters=adapters,
+        generates=spec.generates,
+        pooling=spec.pooling,
     )
 
 

@@ -11,6 +11,14 @@ from powerband.server.auth import BearerTokenMiddleware, server_key
 from powerband.server.messages.objects import InputTokens, MessageEvent, MessageObject
 from powerband.server.messages.requests import CountTokensRequest, MessagesRequest
 from powerband.server.openapi import Operation, describe
+from powerband.server.pooling.protocol import (
+    EmbeddingList,
+    EmbeddingRequest,
+    Ranking,
+    RerankRequest,
+    ScoreList,
+    ScoreRequest,
+)
 from powerband.server.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -40,10 +48,12 @@ from powerband.server.routes.adapters import AdapterRoutes
 from powerband.server.routes.admin import AdminRoutes
 from powerband.server.routes.chat import ChatRoutes
 from powerband.server.routes.completions import CompletionRoutes
+from powerband.server.routes.embeddings import EmbeddingRoutes
 from powerband.server.routes.health import HealthRoutes
 from powerband.server.routes.messages import MessagesRoutes
 from powerband.server.routes.models import ModelRoutes
 from powerband.server.routes.responses import ResponsesRoutes
+from powerband.server.routes.scores import ScoreRoutes
 from powerband.server.routes.tokens import TokenRoutes
 from powerband.web.access import allow_pages
 from powerband.web.anthropic import AnthropicErrorsMiddleware
@@ -62,6 +72,7 @@ def operations(replica: ServerState) -> list[Operation]:
     return [
         *_openai(replica),
         *_anthropic(replica),
+        *_pooling(replica),
         Operation("POST", "/tokenize", tokens.tokenize, "Text to token ids", Tokenized, TokenizeRequest, None, _TAKEN),
         Operation(
             "POST", "/detokenize", tokens.detokenize, "Token ids to text", Detokenized, DetokenizeRequest, None, _TAKEN
@@ -186,6 +197,23 @@ _ELSEWHERE = dict.fromkeys(
     ),
     "This is a replica. Keys, limits, usage and routes are managed at a gateway (powerband gateway).",
 )
+
+
+def _pooling(replica: ServerState) -> list[Operation]:
+    embeddings, scores = EmbeddingRoutes(replica), ScoreRoutes(replica)
+    return [
+        Operation(
+            "POST", "/v1/embeddings", embeddings.create, "Embed texts", EmbeddingList, EmbeddingRequest, None, _WORK
+        ),
+        *(
+            Operation("POST", path, scores.score, "Score pairs of texts", ScoreList, ScoreRequest, None, _WORK)
+            for path in ("/v1/score", "/score")
+        ),
+        *(
+            Operation("POST", path, scores.rerank, "Rank documents by a query", Ranking, RerankRequest, None, _WORK)
+            for path in ("/v1/rerank", "/v2/rerank", "/rerank")
+        ),
+    ]
 
 
 def make_app(replica: ServerState) -> ASGIApp:

@@ -359,7 +359,10 @@ NOT_SUPPORTED: Mapping[str, Missing] = {
 }
 # Of these, requests of the kinds that have such a field may ask for it.
 OWN_FIELDS = frozenset(
-    ("echo", "lora_path", "tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "thinking_token_budget")
+    (
+        *("echo", "documents", "lora_path", "tools", "tool_choice", "parallel_tool_calls"),
+        *("reasoning_effort", "thinking_token_budget"),
+    )
 )
 ALWAYS_ASKS = frozenset(("web_search_options",))  # {} asks for a search as it is done by default
 # Fields that clients of other servers send and that change nothing here: they are ignored, and the response says so.
@@ -395,6 +398,10 @@ MESSAGE_IGNORED = frozenset(
     )
 )
 PART_IGNORED = frozenset(("id", "annotations", "logprobs", "cache_control", "prompt_cache_breakpoint", "citations"))
+# Of tools and calls; `index` is what clients have that add deltas up.
+TOOL_IGNORED = frozenset(
+    ("index", "cache_control", "defer_loading", "allowed_callers", "extra_content", "thought_signature")
+)
 # Parts of a message that are no text, and what they are.
 MEDIA_PARTS = {
     **dict.fromkeys(("image_url", "input_image", "image", "image_pil", "image_embeds"), "Images are"),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -24,6 +24,7 @@ from powerband.output_parsers.formats import OutputFormat
 from powerband.server.adapters import ServedAdapter, ServedAdapters
 from powerband.server.compatibility import Amendment
 from powerband.server.settings import ServerSettings
+from powerband.spec.model.pooling import PoolingSpec
 from powerband.spec.settings import EngineSettings
 from powerband.structured.compiler import GrammarCompiler
 from powerband.text.chat_template import ChatTemplate
@@ -75,6 +76,19 @@ class Model:
                 "This model has no chat template.", hint="Use /v1/completions.", code="no_chat_template"
             )
         return self.template
+
+
+_WANTED = {"embed": "embeddings", "score": "scores"}
+
+
+def _embeds(info: EngineInfo) -> bool:
+    return info.pooling is not None and info.pooling.task == "embed"
+
+
+def _gives(info: EngineInfo) -> str:
+    if info.pooling is None:
+        return "text"
+    return "embeddings" if _embeds(info) else "scores"
 
 
 class ServerState:
@@ -212,7 +226,38 @@ class ServerState:
         return ", ".join(map(repr, names[:_MAX_SHOWN_NAMES])) + more
 
     def accept(self) -> Model:
-        """The model, if new requests are accepted. Raises HttpError 503 while starting or draining."""
+        """The model, if new requests to generate are accepted.
+
+        Raises HttpError 503 while starting or draining, and 400 where the model does not generate.
+        """
+        model = self._open_model()
+        if not model.info.generates:
+            raise HttpError(
+                400,
+                "model_does_not_generate",
+                f"The model {self.name!r} gives {_gives(model.info)} and does not generate text.",
+                hint="Send it to /v1/embeddings." if _embeds(model.info) else "Send it to /v1/score or /v1/rerank.",
+                param="model",
+            )
+        return model
+
+    def accept_pooling(self, task: Literal["embed", "score"]) -> tuple[Model, PoolingSpec]:
+        """The model and how it pools, if new requests to embed or score are accepted. Raises as `accept`."""
+        model = self._open_model()
+        pooling = model.info.pooling
+        if pooling is None or (task == "embed" and pooling.task != "embed"):
+            raise HttpError(
+                400,
+                "model_does_not_embed",
+                f"The model {self.name!r} gives {_gives(model.info)}, and no {_WANTED[task]}.",
+                hint="Serve a checkpoint with sentence-transformers' modules.json, or start with --convert embed."
+                if pooling is None
+                else "Send it to /v1/score or /v1/rerank.",
+                param="model",
+            )
+        return model, pooling
+
+    def _open_model(self) -> Model:
         if self.draining or self.ending:
             raise HttpError(503, "draining", "This replica takes no new requests.", hint="Send it to another.")
         return self.model

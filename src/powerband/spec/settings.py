@@ -65,6 +65,11 @@ class EngineSettings:
         "or a folder with another generation_config.json",
         group="Model",
     )
+    convert: Literal["auto", "embed"] = setting(
+        "auto",
+        "embed: a language model also gives embeddings: the last token, normalized; auto: as the checkpoint says",
+        group="Model",
+    )
     load_format: Literal["auto", "dummy"] = setting(
         "auto", "'dummy' fills the weights with random numbers", group="Model"
     )

@@ -14,6 +14,7 @@ from powerband.documents import read_bytes
 from powerband.errors import EnvironmentFault, InvalidRequest, PowerbandError, UsageError
 from powerband.text.template_process import TemplateProcesses
 from powerband.text.tokenizer import Tokenizer
+from powerband.text.tool_messages import tools_as_text
 from powerband.worker_process import WorkerLimits
 
 _MAX_TEMPLATE_BYTES = 1 << 20
@@ -88,11 +89,14 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        tools_in_text: bool = False,
     ) -> str:
         """The prompt as text; encode it with add_special_tokens=False, because templates write BOS themselves.
 
         Content is given to the template in a form that it reads: text, or parts. A "developer" is a "system" where the
         template does not know that role. A message of which nothing is in the prompt is an error.
+
+        tools_in_text: a template that does not write tools gets them, their calls and results as text of messages.
 
         Blocks for about 0.3 ms, at worst a little over the time limit: call it outside an event loop.
         Raises InvalidRequest (param "messages", "chat_template_kwargs", …).
@@ -103,6 +107,8 @@ class ChatTemplate:
                 hint="Set add_generation_prompt to false.",
                 param="continue_final_message",
             )
+        if tools_in_text and not self.writes_tools:
+            messages, tools = tools_as_text(messages, tools), None
         name = "tool_use" if tools and "tool_use" in self._sources else "default"
         reads = self._processes.reads[name]
         chat = [_plain_message(message, index, reads) for index, message in enumerate(messages)]

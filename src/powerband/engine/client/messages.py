@@ -21,6 +21,7 @@ from powerband.core.request import EngineRequest
 from powerband.core.stats import SchedulerStats
 from powerband.core.step import ErrorInfo, TokenOutput
 from powerband.errors import PowerbandError
+from powerband.spec.model.pooling import PoolingSpec
 from powerband.spec.settings import EngineSettings
 
 REQUESTS_SOCKET = "requests.sock"
@@ -129,6 +130,8 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     summary: str  # the start-up block: model, memory plan, predicted and measured, seconds per phase
     config: dict[str, Any]  # the effective settings
     adapters: list[AdapterInfo] = []
+    generates: bool = True  # False: prompts are pooled and nothing else
+    pooling: PoolingSpec | None = None  # None: prompts cannot be pooled
     refuses_late: bool = False  # a latency model is there, and with it deadlines are checked at arrival
 
     def with_end(self, token_id: int | None) -> EngineInfo:

@@ -9,6 +9,7 @@ from pathlib import Path
 from powerband.errors import EnvironmentFault
 from powerband.folders import expand_user
 from powerband.spec.checkpoint.files import INDEX, SET_ASIDE, choose, indexed_files, nothing_to_load
+from powerband.spec.model.pooling import module_folders
 from powerband.spec.settings import EngineSettings
 
 # What is fetched from the hub beside weights: never pickles, never code.
@@ -37,7 +38,11 @@ def resolve_model(settings: EngineSettings) -> Path:
             param="model",
         )
     revision, weights = settings.revision, settings.load_format != "dummy"
-    return _fetch(name, revision, lambda: [*FETCHED, *(_weights(name, revision) if weights else ())], NOT_FETCHED)
+    folder = _fetch(name, revision, lambda: [*FETCHED, *(_weights(name, revision) if weights else ())], NOT_FETCHED)
+    if modules := module_folders(folder):  # of sentence-transformers: poolings and projections
+        endings = ("config.json", "model.safetensors") if weights else ("config.json",)
+        return _fetch(name, revision, lambda: [f"{module}/{ending}" for module in modules for ending in endings], ())
+    return folder
 
 
 def resolve_adapter(name: str) -> Path:
