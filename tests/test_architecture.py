@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "dispatch": (),
     "engines": ("spec", "cost", "metrics", "openai"),
     "openai": (),
-    "output_parsers": ("openai", "structured"),
+    "output_parsers": ("core", "openai", "structured"),
     "web": ("core", "openai"),
     "http_client": ("web",),
     "engine": FLOOR_1,

@@ -91,9 +91,12 @@ def test_a_load_leaves_a_table_and_three_files(server: str, environment: dict[st
         environment, server, "--trace", str(out / "requests.jsonl"), "--json", "--out", str(tmp_path / "again")
     )
     assert json.loads(again.stdout)["points"][0]["whole"]["answered"] == report.points[0].whole.answered
-    compared = bench(environment, "--compare", str(out), str(tmp_path / "again"))
-    assert compared.returncode == 0
-    assert "TTFT" in compared.stdout
+    folders = [str(out), str(tmp_path / "again"), str(out)]
+    compared = bench(environment, "--compare", *folders, "--out", str(tmp_path / "compared"))
+    assert compared.returncode == 0, compared.stderr
+    assert compared.stdout.count("TTFT p50") == 2, "two runs with the first"
+    assert (tmp_path / "compared" / "compare.html").exists()
+    assert bench(environment, "--compare", str(out)).returncode == 2
 
 
 def test_other_tools_spellings_are_understood(server: str, environment: dict[str, str], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from engines_for_tests import TestEngine
 from scipy.stats import chisquare
 
 from powerband import LLM, SamplingParams, StructuredOutputsParams
+from powerband.engine.client.output_reader import OutputReader
 from powerband.errors import InvalidRequest
 
 SETTINGS: dict[str, Any] = {
@@ -135,7 +136,7 @@ def plain(llm: LLM) -> list[list[int]]:
     [
         {"async_scheduling": True},
         {"max_num_batched_tokens": 16, "enable_prefix_caching": False},
-        {"kv_cache_memory": "1MiB", "max_model_len": 170, "enable_prefix_caching": False, "async_scheduling": True},
+        {"kv_cache_memory": "1MiB", "max_model_len": 168, "enable_prefix_caching": False, "async_scheduling": True},
         {"kernels": "off", "attention_backend": "reference"},
     ],
     ids=["overlap", "chunks", "preemption", "reference"],
@@ -209,7 +210,7 @@ def expected(llm: LLM, grammar: str, prompt: list[int], done: tuple[int, ...] = 
 def test_an_answer_is_as_likely_as_the_model_has_it_among_those_of_the_form(llm: LLM) -> None:
     form = StructuredOutputsParams(regex="[ab]{2}")
     prompt = llm.get_tokenizer().encode("The list is")
-    whole = llm._reader._complete(SamplingParams(structured_outputs=form), len(prompt))
+    whole = llm._reader._complete(SamplingParams(structured_outputs=form), len(prompt), OutputReader())
     likely = expected(llm, whole.grammar, prompt)
     assert sum(likely.values()) == pytest.approx(1)
     asked = [SamplingParams(temperature=1.0, n=100, seed=1000 * i, structured_outputs=form) for i in range(10)]

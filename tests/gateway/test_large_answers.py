@@ -163,9 +163,12 @@ def test_events_that_come_at_once_are_told_in_turns(is_behind: bool) -> None:
             turns += 1
             await asyncio.sleep(0)
 
+    async def no_others() -> None:
+        """It is its turn."""
+
     async def relay() -> None:
         others = asyncio.create_task(count_turns())
-        told: Any = Relay(Trip(), state, Exchange(piece), lambda _: None)  # type: ignore[arg-type]
+        told: Any = Relay(Trip(), state, Exchange(piece), lambda _: None, no_others)  # type: ignore[arg-type]
         line.write_chunk(await told.read_first_events())
         await told.forward(line)
         others.cancel()

@@ -20,6 +20,7 @@ from powerband.gateway.upstream.buffered_response import (
     ResponseBudgetExceeded,
     ResponseScanner,
 )
+from powerband.web.body import read_body
 
 SAID = b'{"prompt":"' + b" " * (2 * LARGE_BYTES) + b'"}'
 
@@ -46,8 +47,12 @@ def routes(budget: ResponseBudget) -> TokenCountRoutes:
     replica = ReplicaAddress(id="r", url="http://r:1", model="m", engine="vllm")
     pool = SimpleNamespace(snapshot=lambda: SimpleNamespace(replicas=[SimpleNamespace(id="r", state="ready")]))
     served = SimpleNamespace(route=SimpleNamespace(name="m", replicas=[replica]), pool=pool)
+
+    async def read(request: Request) -> bytes:
+        return await read_body(request, 1 << 20)
+
     gateway: Any = SimpleNamespace(
-        settings=SimpleNamespace(max_body_bytes=1 << 20),
+        read_body=read,
         served=lambda _: served,
         upstream=Upstream(),
         response_budget=budget,

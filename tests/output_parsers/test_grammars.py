@@ -16,8 +16,8 @@ from transcripts import TOOLS, TRANSCRIPTS, Transcript
 
 from powerband.errors import InvalidRequest
 from powerband.openai.tools import AllowedTools, NamedTool, Tool
+from powerband.output_parsers.answer_grammar import with_enforced_schemas
 from powerband.output_parsers.formats import TOOL_FORMATS, OutputFormat
-from powerband.output_parsers.tool_schemas import with_enforced_schemas
 from powerband.output_parsers.tool_use import ToolUse, tool_use
 
 SCHEMAS: list[dict[str, Any]] = [

@@ -12,12 +12,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
+from starlette.requests import Request
 
 from powerband.documents import read_json_table
 from powerband.errors import PowerbandError
 from powerband.files import make_private_folder, set_aside, write_atomically
+from powerband.gateway.accounts.keys import Key
 from powerband.gateway.dispatch.health import Prober
 from powerband.gateway.dispatch.pool import Pool
+from powerband.gateway.dispatch.turns import FairTurns
 from powerband.gateway.observability.recent_requests import RecentRequests
 from powerband.gateway.request import CompletedRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
@@ -28,11 +31,13 @@ from powerband.gateway.upstream.buffered_response import ResponseBudget, Respons
 from powerband.gateway.upstream.client import UpstreamClient
 from powerband.gateway.upstream.context_lengths import ContextLengths
 from powerband.gateway.upstream.token_estimates import TokenEstimates
+from powerband.web.body import read_body
 from powerband.web.errors import HttpError
 
 logger = logging.getLogger(__name__)
 
 _STORE_RETRY_S = 5.0
+_STEPS_OF_A_TURN = 8  # of requests, in a turn of the event loop: each takes some 0.5 ms
 _MAX_ROUTES_BYTES = 256 << 20
 
 
@@ -47,6 +52,14 @@ class ServedModel:
     context_lengths: ContextLengths = field(default_factory=ContextLengths)
 
 
+def owner_of(request: Request) -> str:
+    """Whose request it is: the id of its key; without one, the client's address."""
+    key: Key | None = request.state.key
+    if key is not None:
+        return key.id
+    return "" if request.client is None else request.client.host
+
+
 class Gateway:
     """Call `start`, then `close`. Used by one event loop only."""
 
@@ -55,6 +68,7 @@ class Gateway:
         self.upstream = UpstreamClient(settings.stream_timeouts)
         self.response_budget = ResponseBudget()
         self.response_scanner = ResponseScanner()
+        self.turns = FairTurns(_STEPS_OF_A_TURN)
         self.recent = RecentRequests()
         self.routes = Routes()
         self.draining = False
@@ -184,6 +198,12 @@ class Gateway:
         return "" if ready else "No replica is ready."
 
     # ---- requests
+
+    async def read_body(self, request: Request) -> bytes:
+        """The body of a request, once it is its turn to be processed. Raises HttpError."""
+        data = await read_body(request, self.settings.max_body_bytes)
+        await self.turns.turn(owner_of(request))
+        return data
 
     def begin(self) -> None:
         """Count a new request until `end`. Raises HttpError while the gateway drains."""

@@ -34,16 +34,23 @@ class OutputParser:
         self._has_content = False
         self.num_calls = 0
         self.num_reasoning_tokens = 0
+        self._num_doubtful = 0  # that may belong to the tag
 
     @property
     def in_reasoning(self) -> bool:
         return any(parser is not None and parser.in_reasoning for parser in (self._reasoning, self._tools))
 
     def feed_token(self, text: str) -> list[Event]:
-        """The events that one token's text completes. Tokens inside the reasoning are counted, its tags are not."""
+        """The events that one token's text completes. Tokens of the reasoning are counted, those of its tags not."""
         before = self.in_reasoning
         events = self.feed(text)
-        self.num_reasoning_tokens += before and self.in_reasoning
+        if not self.in_reasoning:
+            self._num_doubtful = 0
+        elif before:
+            self._num_doubtful += 1
+            if not any(parser is not None and parser.is_waiting for parser in (self._reasoning, self._tools)):
+                self.num_reasoning_tokens += self._num_doubtful
+                self._num_doubtful = 0
         return events
 
     def feed(self, text: str) -> list[Event]:

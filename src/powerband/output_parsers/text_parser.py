@@ -29,6 +29,11 @@ class TextParser:
     def in_reasoning(self) -> bool:
         return False
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether text waits, since it may be the beginning of a tag."""
+        return self._at < len(self._text)
+
     def feed(self, text: str) -> list[Event]:
         """What is certain after this piece."""
         self._text = self._text[self._at :] + text

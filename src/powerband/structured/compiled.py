@@ -14,8 +14,8 @@ from powerband.errors import InvalidRequest
 MAX_GRAMMAR_BYTES = 1 << 20
 _MAX_KEPT_BYTES = 16 << 20  # of the grammars' texts; compiled, they take some ten times as much
 _MAX_KEPT = 256
-# Errors of strangers' grammars must not repeat the grammar.
-_LIMITS = LLParserLimits(verbose_errors=False)
+# A step's mask takes some 5 ms at most by these units of work, for 15 by default. Errors do not repeat the grammar.
+_LIMITS = LLParserLimits(step_lexer_fuel=70_000, step_max_items=50_000, verbose_errors=False)
 
 
 def compile_grammar(tokens: LLTokenizer, grammar: str) -> LLMatcher:

@@ -6,7 +6,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 import msgspec
@@ -41,8 +41,13 @@ class GrammarCompiler:
 
         Blocks until it is compiled, for a second at most. places: what errors call the fields of `outputs`.
         """
-        request = {"outputs": asdict(outputs), "places": dict(places or {})}
-        key = hashlib.sha256(msgspec.json.encode(request)).digest()
+        given = {item.name: getattr(outputs, item.name) for item in fields(outputs)}
+        request = {"outputs": given, "places": dict(places or {})}
+        try:
+            key = hashlib.sha256(msgspec.json.encode(request)).digest()
+        except RecursionError:
+            place = f"structured_outputs.{outputs.kind}"
+            raise InvalidRequest(f"'{place}' is nested too deeply.", param=place) from None
         with self._lock:
             answer = self._kept.get(key)
             if answer is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from powerband.errors import InvalidRequest
 from powerband.structured.regex import portable
+from powerband.structured.trial import check_repeats
 
 MAX_DEPTH = 96  # of values in values; the library that compiles takes 128
 
@@ -152,7 +153,7 @@ class SchemaReader:
                 path, f"is {_shown(value)}, in another document; nothing is fetched", "Put it into $defs."
             )
         elif name == "pattern":
-            value = portable(self._typed(value, str, path, "a regular expression"))
+            value = self._regex(self._typed(value, str, path, "a regular expression"), path)
         elif name == "format" and self._typed(value, str, path, "a string") not in FORMATS:
             if value in _PATTERNS:
                 read.setdefault("allOf", []).append({"pattern": _PATTERNS[value]})
@@ -182,10 +183,17 @@ class SchemaReader:
     def _name(self, keyword: str, name: Any, path: tuple[str, ...]) -> str:
         text: str = self._typed(name, str, path, "names")
         if keyword == "patternProperties":
-            return portable(text)
+            return self._regex(text, path)
         if keyword == "properties":
             self._check_text(text, path)
         return text
+
+    def _regex(self, pattern: str, path: tuple[str, ...]) -> str:
+        try:
+            check_repeats(pattern)
+        except InvalidRequest as error:
+            raise self._error(path, f"cannot be used: {error.message}") from error
+        return portable(pattern)
 
     def _check_text(self, text: str, path: tuple[str, ...]) -> None:
         """Strings are written without \\u escapes: with them, a property could be named twice."""

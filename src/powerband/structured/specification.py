@@ -18,6 +18,8 @@ from powerband.structured.compiled import compile_grammar
 from powerband.structured.finite import endless_place
 from powerband.structured.json_schema import SchemaReader, children
 from powerband.structured.regex import portable
+from powerband.structured.structural_tag import StructuralTag
+from powerband.structured.trial import check_repeats, follow
 
 # Between the parts of JSON. A bound, since a model that has lost its way writes blank lines until it is cut off.
 _WHITESPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,40}"
@@ -31,18 +33,29 @@ def grammar_of(outputs: StructuredOutputsParams, tokens: LLTokenizer, places: Pl
     """One grammar for `Grammars`, which has been compiled once. Raises InvalidRequest naming the place."""
     place = (places or {}).get(outputs.kind, f"structured_outputs.{outputs.kind}")
     value = getattr(outputs, outputs.kind)
-    size = len(value if isinstance(value, str) else json.dumps(value))
+    try:
+        size = len(value if isinstance(value, str) else json.dumps(value))
+    except (RecursionError, TypeError, ValueError) as error:
+        raise _bad(place, f"it cannot be written as JSON: {error}") from error
     if size > MAX_SPECIFICATION_BYTES:
         raise InvalidRequest(f"'{place}' has {size} characters; the limit is {MAX_SPECIFICATION_BYTES}.", param=place)
     if outputs.kind in ("json", "json_object"):
         return _json_grammar({"type": "object"} if outputs.kind == "json_object" else value, outputs, tokens, place)
-    grammar = _MAKERS[outputs.kind](value, place)
-    _check_compiles(grammar, tokens, place)
+    if outputs.kind == "structural_tag":
+        grammar = _tag_grammar(value, outputs, place)
+    else:
+        grammar = _MAKERS[outputs.kind](value, place)
+    try:
+        if outputs.kind in ("regex", "grammar"):
+            check_repeats(value)
+        follow(compile_grammar(tokens, grammar))
+    except InvalidRequest as error:
+        raise _bad(place, _why(error)) from error
     return grammar
 
 
-def json_text(schema: Any, outputs: StructuredOutputsParams) -> str:
-    """The grammar of a schema that was read."""
+def _json_options(outputs: StructuredOutputsParams) -> dict[str, Any]:
+    """How llguidance compiles a schema."""
     options: dict[str, Any] = {
         "whitespace_flexible": not outputs.disable_any_whitespace,
         "json_allowed_escapes": _ESCAPES,
@@ -51,13 +64,16 @@ def json_text(schema: Any, outputs: StructuredOutputsParams) -> str:
     }
     if not outputs.disable_any_whitespace:
         options["whitespace_pattern"] = outputs.whitespace_pattern or _WHITESPACE
-    made: str = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)  # type: ignore[arg-type]  # a TypedDict
-    return made
+    return options
 
 
-def _json_grammar(schema: Any, outputs: StructuredOutputsParams, tokens: LLTokenizer, place: str) -> str:
-    if isinstance(schema, str):
-        schema = _parsed(schema, place)
+def json_text(schema: Any, outputs: StructuredOutputsParams) -> str:
+    """The grammar of a schema that was read."""
+    return json.dumps({"grammars": [{"json_schema": {**schema, "x-guidance": _json_options(outputs)}}]})
+
+
+def read_schema(schema: Any, outputs: StructuredOutputsParams, place: str) -> dict[str, Any]:
+    """A schema as an object in the form that can be compiled. Raises InvalidRequest naming the place."""
     read = SchemaReader(place, closed=outputs.disable_additional_properties).read(schema)
     if isinstance(read, bool):
         if not read:
@@ -66,12 +82,31 @@ def _json_grammar(schema: Any, outputs: StructuredOutputsParams, tokens: LLToken
     endless = endless_place(read)
     if endless is not None:
         raise _bad(".".join((place, *endless)), "nothing satisfies it: it contains itself without end")
+    checked: dict[str, Any] = read
+    return checked
+
+
+def _tag_grammar(tag: Any, outputs: StructuredOutputsParams, place: str) -> str:
+    def json_rule(schema: Any, at: str) -> str:
+        return "%json " + json.dumps({**read_schema(schema, outputs, at), "x-guidance": _json_options(outputs)})
+
+    return StructuralTag(place, json_rule).write(_parsed(tag, place) if isinstance(tag, str) else tag)
+
+
+def _json_grammar(schema: Any, outputs: StructuredOutputsParams, tokens: LLTokenizer, place: str) -> str:
+    if isinstance(schema, str):
+        schema = _parsed(schema, place)
+    read = read_schema(schema, outputs, place)
     grammar = json_text(read, outputs)
     try:
-        _check_compiles(grammar, tokens, place)
+        matcher = compile_grammar(tokens, grammar)
     except InvalidRequest as error:
         path, why = _locate(read, read, outputs, tokens, _why(error))
         raise _bad(".".join((place, *path)), why) from error
+    try:
+        follow(matcher)
+    except InvalidRequest as error:
+        raise _bad(place, _why(error)) from error
     return grammar
 
 
@@ -85,7 +120,7 @@ def _locate(
             continue
         alone = {**definitions, **child}
         try:
-            _check_compiles(json_text(alone, outputs), tokens, "")
+            compile_grammar(tokens, json_text(alone, outputs))
         except InvalidRequest as error:
             if _why(error) == why:
                 deeper, found = _locate(child, root, outputs, tokens, why)
@@ -123,18 +158,6 @@ _MAKERS: dict[str, Callable[[Any, str], str]] = {
     "choice": _choice_grammar,
     "grammar": _free_grammar,
 }
-
-
-def _check_compiles(grammar: str, tokens: LLTokenizer, place: str) -> None:
-    """Raise InvalidRequest where it does not, or where nothing can be written."""
-    try:
-        matcher = compile_grammar(tokens, grammar)
-    except InvalidRequest as error:
-        raise _bad(place, _why(error)) from error
-    if not any(matcher.compute_bitmask()) or matcher.is_error():
-        raise _bad(place, "nothing satisfies it")
-    if matcher.is_stopped():
-        raise _bad(place, "nothing but an empty answer satisfies it")
 
 
 def _why(error: InvalidRequest) -> str:

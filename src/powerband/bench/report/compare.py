@@ -84,18 +84,37 @@ class Comparison:
         return made
 
 
+@dataclass(frozen=True, slots=True)
+class StoredRun:
+    """A run's folder and what is in it."""
+
+    folder: Path
+    report: RunReport
+    requests: list[list[RequestLine]]  # of each of its points
+
+    @classmethod
+    def read(cls, folder: Path) -> StoredRun:
+        """Raises UsageError for what is no run."""
+        report = read_run(folder)
+        return cls(folder, report, read_requests(folder, len(report.points)))
+
+
 def compare(run_a: Path, run_b: Path) -> Comparison:
     """The runs in two folders. Raises UsageError for what is no run, and for runs with no load in common."""
-    a, b = read_run(run_a), read_run(run_b)
-    requests_a, requests_b = read_requests(run_a, len(a.points)), read_requests(run_b, len(b.points))
-    pairs = _common(a, b)
+    return compare_runs(StoredRun.read(run_a), StoredRun.read(run_b))
+
+
+def compare_runs(run_a: StoredRun, run_b: StoredRun) -> Comparison:
+    """Raises UsageError for runs with no load in common."""
+    a, b = run_a.report, run_b.report
+    pairs = common_points(a, b)
     warnings = [*_differences(a, b), *_weaknesses(a, b, pairs)]
     points = []
     for i, j in pairs:
         is_same = _same_requests(a, b, a.points[i], b.points[j])
-        sides = _judged_requests(a.points[i], requests_a, i), _judged_requests(b.points[j], requests_b, j)
+        sides = judged_requests(run_a, i), judged_requests(run_b, j)
         points.append(_compared(a.points[i], b.points[j], *sides, paired=is_same))
-    return Comparison(str(run_a), str(run_b), tuple(warnings), tuple(points))
+    return Comparison(str(run_a.folder), str(run_b.folder), tuple(warnings), tuple(points))
 
 
 def compare_samples(first: Sequence[float], second: Sequence[float], *, paired: bool) -> FigureComparison:
@@ -134,7 +153,7 @@ def _compared(
         first, second = ({index: side[index] for index in sorted(both)} for side in (first, second))
     figures = {}
     for name in COMPARED:
-        values_a, values_b = _values(first, name), _values(second, name)
+        values_a, values_b = figure_values(first, name), figure_values(second, name)
         if paired:
             both = values_a.keys() & values_b.keys()
             values_a, values_b = ({index: side[index] for index in sorted(both)} for side in (values_a, values_b))
@@ -162,19 +181,20 @@ def _itl(a: Point, b: Point) -> FigureComparison | None:
     return FigureComparison(sides[0].count, sides[1].count, median, p99, None, "")
 
 
-def _values(requests: dict[int, RequestLine], figure: str) -> dict[int, float]:
+def figure_values(requests: dict[int, RequestLine], figure: str) -> dict[int, float]:
+    """Seconds by index."""
     values = ((index, getattr(request.record(), f"{figure}_s")) for index, request in requests.items())
     return {index: value for index, value in values if value is not None}
 
 
-def _judged_requests(point: Point, requests: Sequence[Sequence[RequestLine]], number: int) -> dict[int, RequestLine]:
-    """Successful requests of the point's window by index, in the order of their arrival."""
-    window = point.summary.window
-    kept = [line for line in requests[number] if line.outcome is Outcome.OK and line.scheduled_s in window]
+def judged_requests(run: StoredRun, number: int) -> dict[int, RequestLine]:
+    """Successful requests of a point's window by index, in the order of their arrival."""
+    window = run.report.points[number].summary.window
+    kept = [line for line in run.requests[number] if line.outcome is Outcome.OK and line.scheduled_s in window]
     return {line.index: line for line in sorted(kept, key=lambda line: line.scheduled_s)}
 
 
-def _common(a: RunReport, b: RunReport) -> list[tuple[int, int]]:
+def common_points(a: RunReport, b: RunReport) -> list[tuple[int, int]]:
     """Which points belong together: those with the same load, or the only ones."""
     if len(a.points) == len(b.points) == 1:
         return [(0, 0)]

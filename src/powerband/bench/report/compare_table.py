@@ -13,7 +13,7 @@ from powerband.metrics.shown import FIGURES, NONE, digits, plain, share_text, ti
 from powerband.spec.quantities import count_text
 
 STYLES = {"faster": "green", "slower": "red", "no difference shown": "dim", "too few requests": "dim"}
-_RATES = {
+RATES = {
     "goodput": "goodput (1/s)",
     "attainment": "SLO kept",
     "request_rate": "arrivals (1/s)",
@@ -86,7 +86,7 @@ def _rates(point: PointComparison) -> Table:
     for name, (a, b) in point.rates.items():
         if a is not None or b is not None:
             text_of = share_text if name == "attainment" else digits
-            table.add_row(_RATES[name], text_of(a), text_of(b), _ratio(b / a if a and b is not None else None))
+            table.add_row(RATES[name], text_of(a), text_of(b), _ratio(b / a if a and b is not None else None))
     return table
 
 

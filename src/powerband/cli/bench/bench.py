@@ -47,7 +47,16 @@ class BenchModeFlags:
     rates: Annotated[str | None, _mode("... these rates, e.g. 1,2,4,8")] = None
     find_rate: Annotated[bool, _mode("Find the highest rate that meets the --slo")] = False
     plan: Annotated[Path | None, _mode("Verify a plan's promise; exit 1 if it is broken")] = None
-    compare: Annotated[tuple[Path, Path] | None, _mode("Compare the results in two folders; sends no load")] = None
+    compare: Annotated[
+        list[Path] | None,
+        Parameter(
+            help="Compare the results in two or more folders with the first; sends no load",
+            negative="",
+            group=_MODES,
+            show_default=False,
+            consume_multiple=True,
+        ),
+    ] = None
     calibrate: Annotated[bool, _mode("Measure the capacity of this client; sends no load")] = False
     fault: Annotated[str | None, _mode("Inject client faults; 'list' shows the kinds; loopback only")] = None
     allow_remote: Annotated[bool, _mode("... also against other machines")] = False
@@ -98,7 +107,7 @@ def bench(
         print(explained())
         return 0
     if modes.compare is not None:
-        return _compare(*modes.compare, as_json=output.json)
+        return _compare(modes.compare, output)
     if modes.calibrate:
         return _calibrate(as_json=output.json)
     other, server = other or OtherToolsFlags(), server or TargetFlags()
@@ -325,17 +334,27 @@ def _is_promise_kept(report: RunReport, plan: Plan) -> bool:
     return False
 
 
-def _compare(first: Path, second: Path, *, as_json: bool) -> int:
+def _compare(folders: list[Path], output: OutputFlags) -> int:
     from rich.console import Console
 
-    from powerband.bench.report.compare import compare
+    from powerband.bench.comparison.html_page import write_comparison
+    from powerband.bench.report.compare import StoredRun, compare_runs
     from powerband.bench.report.compare_table import comparison_table
 
-    made = compare(first, second)
-    if as_json:
-        print(json_format.dumps(made.as_dict(), indent=1))
+    if len(folders) < 2:
+        raise UsageError("--compare needs two results folders or more.", hint="--compare BEFORE AFTER", param="compare")
+    runs = [StoredRun.read(folder) for folder in folders]
+    comparisons = [compare_runs(runs[0], run) for run in runs[1:]]
+    if output.json:
+        shown = [one.as_dict() for one in comparisons]
+        print(json_format.dumps(shown[0] if len(shown) == 1 else shown, indent=1))
     else:
-        Console().print(comparison_table(made))
+        for comparison in comparisons:
+            Console().print(comparison_table(comparison))
+    if output.out is not None or not output.json:
+        page = (output.out or Path("bench-runs", datetime.now().strftime("%Y%m%d-%H%M%S-compared"))) / "compare.html"
+        write_comparison(runs, page)
+        print(f"\nreport: {page}", file=sys.stderr if output.json else sys.stdout)
     return 0
 
 
@@ -408,5 +427,6 @@ def _results_folder(folder: Path) -> Iterator[None]:
             if is_new:
                 folder.rmdir()
         if isinstance(problem, OSError) and problem.filename == str(folder):
-            raise EnvironmentFault(f"Cannot write results to {folder}: {problem.strerror}.", param="out") from None
+            why = "it is a file, not a folder" if folder.is_file() else problem.strerror
+            raise EnvironmentFault(f"Cannot write results to {folder}: {why}.", param="out") from None
         raise

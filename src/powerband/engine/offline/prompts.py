@@ -14,9 +14,10 @@ from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
 from powerband.core.structured_outputs import StructuredOutputsParams
 from powerband.engine.client.messages import EngineInfo
-from powerband.engine.client.output import OutputProcessor
+from powerband.engine.client.output_reader import OutputReader
 from powerband.engine.offline.results import Answer, PromptGroup
 from powerband.errors import InvalidRequest, PowerbandError, RequestTooLong
+from powerband.output_parsers.answer_grammar import answer_grammar
 from powerband.structured.compiled import Grammars
 from powerband.structured.specification import grammar_of
 from powerband.text.tokenizer import Tokenizer
@@ -33,11 +34,23 @@ class PromptReader:
         self._tokenizer = tokenizer
         self._known: dict[bytes, str] = {}  # the last specification's grammar: prompts in a row mostly share it
 
-    def read(self, prompt: Prompt, params: SamplingParams, *, id: str, priority: int) -> PromptGroup:
-        """The requests for one prompt: n of them. Raises InvalidRequest or RequestTooLong."""
+    def read(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        id: str,
+        priority: int,
+        adapter: str = "",
+        reader: OutputReader | None = None,
+    ) -> PromptGroup:
+        """The requests for one prompt: n of them. Raises InvalidRequest or RequestTooLong.
+
+        adapter: as `EngineRequest.adapter`. reader: of a chat's outputs.
+        """
         text, ids = self._text_and_ids(prompt)
         self._check(ids)
-        params = self._complete(params, len(ids))
+        params = self._complete(params, len(ids), reader or OutputReader())
         answers = []
         rest = params if params.prompt_logprobs is None else replace(params, prompt_logprobs=None)
         for index in range(params.n):
@@ -48,31 +61,15 @@ class PromptReader:
                 params=own,
                 arrival_s=time.monotonic(),
                 priority=priority,
+                adapter=adapter,
             )
-            answers.append(Answer(index, request, OutputProcessor(self._tokenizer, own, ids)))
+            processor = (reader or OutputReader()).processor(self._tokenizer, own, ids)
+            answers.append(Answer(index, request, processor, is_chat=reader is not None))
         return PromptGroup(id, text, ids, params, answers)
 
     def _text_and_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        text: Any = None
-        ids: Any = None
-        if isinstance(prompt, Mapping):
-            if not prompt or prompt.keys() - {"prompt", "prompt_token_ids"}:
-                raise InvalidRequest(
-                    f"It has the keys {sorted(map(str, prompt))}; known are 'prompt' and 'prompt_token_ids'.",
-                    param="prompts",
-                )
-            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        elif isinstance(prompt, str):
-            text = prompt
-        else:
-            ids = prompt
-        if text is not None and not isinstance(text, str):
-            raise InvalidRequest(f"Its text is {text!r}.", param="prompts")
-        if ids is None:
-            ids = self._encode(text or "")
-        if not isinstance(ids, list | tuple) or not all(type(id) is int for id in ids):
-            raise InvalidRequest("It must be text, or a list of token ids, which are whole numbers.", param="prompts")
-        return text, list(ids)
+        text, ids = text_or_tokens(prompt)
+        return text, self._encode(text or "") if ids is None else ids
 
     def _encode(self, text: str) -> list[int]:
         if self._tokenizer is None:
@@ -100,7 +97,7 @@ class PromptReader:
                 param="prompts",
             )
 
-    def _complete(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
+    def _complete(self, params: SamplingParams, num_prompt_tokens: int, reader: OutputReader) -> SamplingParams:
         """The parameters with all defaults filled in."""
         params.check_vocabulary(self._info.vocab_size)
         for name in ("stop", "bad_words"):
@@ -109,23 +106,51 @@ class PromptReader:
         if self._tokenizer is not None:
             encode = self._tokenizer.encode
             params = params.with_bad_word_ids(lambda word: encode(word, add_special_tokens=False))
-        if params.structured_outputs is not None:
-            params = params.with_grammar(self._grammar(params.structured_outputs))
+        outputs = params.structured_outputs
+        form = "" if outputs is None else self._grammar(outputs)
+        if self._tokenizer is not None and (form or reader.rules is not None):
+            token_id = self._tokenizer.token_id
+            made = answer_grammar(reader.format, reader.prompt, reader.rules, form, token_id, self._grammar)
+            params = params.with_grammar(made)
         room = max(self._info.max_model_len - num_prompt_tokens, params.min_tokens)
         eos = self._info.eos_token_ids if params.eos_token_ids is None else params.eos_token_ids
         return replace(params, max_tokens=params.max_tokens or room, eos_token_ids=eos)
 
-    def _grammar(self, outputs: StructuredOutputsParams) -> str:
+    def _grammar(self, outputs: StructuredOutputsParams, places: Mapping[str, str] | None = None) -> str:
         if self._tokenizer is None or self._grammars is None:
             raise InvalidRequest(
                 "structured_outputs need a tokenizer, and the model has none.", param="structured_outputs"
             )
         key = msgspec.json.encode(outputs)
         if key not in self._known:
-            grammar = grammar_of(outputs, self._grammars.tokens)
+            grammar = grammar_of(outputs, self._grammars.tokens, places)
             self._grammars.prepare(grammar)
             self._known = {key: grammar}
         return self._known[key]
+
+
+def text_or_tokens(prompt: Prompt) -> tuple[str | None, list[int] | None]:
+    """A prompt's text and its token ids, each as far as it is given. Raises InvalidRequest."""
+    text: Any = None
+    ids: Any = None
+    if isinstance(prompt, Mapping):
+        if not prompt or prompt.keys() - {"prompt", "prompt_token_ids"}:
+            raise InvalidRequest(
+                f"It has the keys {sorted(map(str, prompt))}; known are 'prompt' and 'prompt_token_ids'.",
+                param="prompts",
+            )
+        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    elif isinstance(prompt, str):
+        text = prompt
+    else:
+        ids = prompt
+    if text is not None and not isinstance(text, str):
+        raise InvalidRequest(f"Its text is {text!r}.", param="prompts")
+    if ids is None:
+        return text, None
+    if not isinstance(ids, list | tuple) or not all(type(id) is int for id in ids):
+        raise InvalidRequest("It must be text, or a list of token ids, which are whole numbers.", param="prompts")
+    return text, list(ids)
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

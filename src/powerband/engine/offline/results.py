@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
 from powerband.core.step import ErrorInfo, FinishReason, TokenLogprobs, TokenOutput
 from powerband.engine.client.output import OutputDelta, OutputProcessor
 from powerband.metrics.record import Outcome, RequestRecord
+from powerband.openai.tools import ToolCall
+from powerband.output_parsers.events import Event
+from powerband.output_parsers.message import ParsedMessage
 from powerband.text.tokenizer import Tokenizer
 
 
@@ -27,6 +31,9 @@ class CompletionOutput:
 
     finish_reason: "stop" (EOS, stop token or stop string), "length", "abort" or "error"; `error` says more of the last.
     `stop_reason`: the stop string or stop token; None for EOS. `logprobs`: per token, the alternatives by token id.
+
+    Of a chat's answer, `content`, `reasoning_content` and `tool_calls` say what `text` means. Where it calls tools,
+    `finish_reason` is "tool_calls", and `content` is None unless there is text beside the calls.
     """
 
     index: int
@@ -38,6 +45,9 @@ class CompletionOutput:
     stop_reason: int | str | None
     error: ErrorInfo | None = None
     metrics: RequestRecord | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +70,8 @@ class Answer:
     index: int
     request: EngineRequest
     processor: OutputProcessor
+    is_chat: bool = False
+    events: list[Event] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -79,6 +91,7 @@ class Answer:
             return OutputDelta()
         delta = self.last = self.processor.process(output)
         self.text.append(delta.text)
+        self.events += delta.events
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs
         self.prompt_logprobs += output.prompt_logprobs or []
@@ -91,17 +104,31 @@ class Answer:
     def completion(self, tokenizer: Tokenizer | None) -> CompletionOutput:
         asked = self.request.params.logprobs is not None
         reason = self.last.finish_reason
+        meaning = self._meaning() if self.is_chat else {}
+        calls = reason is FinishReason.STOP and meaning.get("tool_calls")
         return CompletionOutput(
             index=self.index,
             text="".join(self.text),
             token_ids=self.token_ids,
             cumulative_logprob=sum(row.logprobs[0] for row in self.logprobs) if asked else None,
             logprobs=[logprobs_by_id(row, tokenizer) for row in self.logprobs] if asked else None,
-            finish_reason=None if reason is None else reason.value,
+            finish_reason="tool_calls" if calls else None if reason is None else reason.value,
             stop_reason=self.last.stop_reason,
             error=self.last.error,
             metrics=self._record(),
+            **meaning,
         )
+
+    def _meaning(self) -> dict[str, Any]:
+        """content, reasoning_content and tool_calls, as far as there are any."""
+        if self.processor.parser is None:
+            return {"content": "".join(self.text)}
+        message = ParsedMessage(self.events)
+        return {
+            "content": message.content,
+            "reasoning_content": message.reasoning,
+            "tool_calls": message.tool_calls,
+        }
 
     def _record(self) -> RequestRecord:
         ends = {FinishReason.ERROR: Outcome.ERROR, FinishReason.ABORT: Outcome.ABORTED}

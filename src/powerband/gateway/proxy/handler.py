@@ -27,7 +27,7 @@ from powerband.errors import PowerbandError
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.keys import Key, KeyLimits
 from powerband.gateway.accounts.limits import Reservation, price_from
-from powerband.gateway.gateway import Gateway, ServedModel
+from powerband.gateway.gateway import Gateway, ServedModel, owner_of
 from powerband.gateway.proxy.attempts import BuildRequest, ReplicaError, UpstreamAttempts
 from powerband.gateway.proxy.client_request import COMPLETION_TOKENS, ClientRequest
 from powerband.gateway.proxy.interfaces import ProxiedRequest, ResponseState
@@ -49,7 +49,6 @@ from powerband.gateway.upstream.exchange import UpstreamExchange
 from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.metrics.record import Outcome, RequestRecord
 from powerband.openai.events import MAX_EVENT_BYTES, event
-from powerband.web.body import read_body
 from powerband.web.client_connection import ClientConnection, client_connection
 from powerband.web.errors import error_body
 from powerband.web.middleware import ClientDisconnected, pass_on_ignored_fields
@@ -72,8 +71,7 @@ class GenerationRoutes:
         return await self._take(request, "completions")
 
     async def _take(self, request: Request, endpoint: Endpoint) -> Response:
-        settings = self._gateway.settings
-        data = await read_body(request, settings.max_body_bytes)
+        data = await self._gateway.read_body(request)
         client_request = ClientRequest(data, endpoint)
         del data
         served = self._gateway.served(client_request.fields.model)
@@ -90,8 +88,7 @@ def admit(
     """The request for queue and limits, and its key. Raises HttpError if the client's bodies take too much memory."""
     key: Key | None = request.state.key
     if request.client is not None:
-        owner = request.client.host if key is None else key.id
-        client_connection(request.scope).keep_body(client_request.size, owner)
+        client_connection(request.scope).keep_body(client_request.size, owner_of(request))
     gateway_request = client_request.request(
         request.state.request_id,
         served.route.name,
@@ -193,6 +190,7 @@ class ProxiedResponse(Response, ABC):
         while True:
             replica, exchange = await attempts.send(self._first_request, timeouts)
             try:
+                await self._turn()
                 pieces = self._read_whole(await self._collect(exchange), replica)
                 pass_on_ignored_fields(scope, exchange.headers)
                 break
@@ -275,6 +273,7 @@ class ProxiedResponse(Response, ABC):
                     raise ReplicaError(f"No replica can continue this response: {problem}") from None
                 await self._send(send, state.finish())  # only the end of the response was lost
                 return
+            await self._turn()
             state.begin(replica)
             num_before = state.tokens.num_output
             try:
@@ -297,7 +296,7 @@ class ProxiedResponse(Response, ABC):
 
     async def _relay_exchange(self, exchange: UpstreamExchange, send: Send) -> None:
         """Relay the events of one replica. Raises UpstreamFailure if the stream is incomplete."""
-        relay = Relay(self._attempts, self._state, exchange, self._count_tokens)
+        relay = Relay(self._attempts, self._state, exchange, self._count_tokens, self._turn)
         try:
             if not self._attempts.response_started:
                 pass_on_ignored_fields(self._scope, exchange.headers)
@@ -320,6 +319,9 @@ class ProxiedResponse(Response, ABC):
             reservation.prompt_counted(counter.final_usage()[0])
         if tokens > reservation.output:
             reservation.add_output_tokens(min(tokens, counter.max_output))
+
+    async def _turn(self) -> None:
+        await self._gateway.turns.turn(self._request.tenant)
 
     async def _send(self, send: Send, data: bytes) -> None:
         if not self._attempts.response_started:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from powerband.gateway.proxy.attempts import UpstreamAttempts
 from powerband.gateway.proxy.interfaces import ResponseState
@@ -17,6 +17,7 @@ from powerband.web.client_connection import ClientConnection
 
 # A replica that sends only comments and empty events has failed.
 MAX_EVENTS_WITHOUT_TOKEN = 1 << 16
+_EVENTS_WITHOUT_TURN = 8  # of one read; in streams that are not flooded, there are one or two
 _EVENTS_OF_A_TURN = 64  # per turn of the event loop; each takes about 10 µs
 _BYTES_OF_A_TURN = 256 << 10
 _AFTER_FINISH_S = 5.0  # for the usage and the last event, after every choice has a finish reason
@@ -34,12 +35,14 @@ class Relay:
         state: ResponseState,
         exchange: UpstreamExchange,
         on_tokens: Callable[[int], None],
+        turn: Callable[[], Awaitable[None]],
     ) -> None:
-        """on_tokens: called with the total number of tokens whenever it grows."""
+        """on_tokens: called with the total number of tokens whenever it grows. turn: awaited before many events."""
         self._attempts = attempts
         self._state = state
         self._exchange = exchange
         self._on_tokens = on_tokens
+        self._turn = turn
         self._reader = EventReader()
         self._events: deque[bytes] = deque()  # not processed yet
         self._has_ended = False
@@ -55,7 +58,7 @@ class Relay:
         """The first events for the client. Raises UpstreamFailure if there are none."""
         while self._wants_more:
             if self._events:
-                await asyncio.sleep(0)
+                await self._next_turn()
             elif piece := await self._exchange.read():
                 self._split(piece)
             else:
@@ -69,6 +72,8 @@ class Relay:
 
         def take(piece: bytes) -> bool:
             self._split(piece)
+            if len(self._events) > _EVENTS_WITHOUT_TURN:
+                return False
             self._write(connection)
             if self._events or not self._wants_more:
                 return False
@@ -79,7 +84,7 @@ class Relay:
 
         while self._wants_more:
             while self._events and self._wants_more:
-                await asyncio.sleep(0)
+                await self._next_turn()
                 self._write(connection)
             if self._wants_more:
                 if connection.is_behind:
@@ -99,6 +104,10 @@ class Relay:
         # Some servers do not send [DONE]: then every choice must have a finish reason.
         if not (self._state.may_end if self._has_ended else self._state.is_finished):
             raise self._truncated()
+
+    async def _next_turn(self) -> None:
+        await asyncio.sleep(0)
+        await self._turn()
 
     def _split(self, piece: bytes) -> None:
         try:

@@ -28,7 +28,7 @@ from powerband.gateway.upstream.errors import InvalidUpstreamRequest, with_serve
 from powerband.metrics.record import Outcome, RequestRecord
 from powerband.openai.chunks import INVALID_JSON
 from powerband.openai.errors import read_error
-from powerband.web.body import decode, read_body
+from powerband.web.body import decode
 from powerband.web.errors import HttpError
 
 _ASK_S = 30.0
@@ -69,7 +69,7 @@ class TokenCountRoutes:
         return await self._handle(request, "count_tokens")
 
     async def _handle(self, request: Request, endpoint: Literal["tokenize", "detokenize", "count_tokens"]) -> Response:
-        data = await read_body(request, self._gateway.settings.max_body_bytes)
+        data = await self._gateway.read_body(request)
         name = decode(data, _ModelField).model
         served, key = self._gateway.served(name), request.state.key
         gateway_request = GatewayRequest(

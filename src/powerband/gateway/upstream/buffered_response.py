@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 
 import msgspec
@@ -24,6 +24,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from powerband.errors import PowerbandError
+from powerband.gateway.dispatch.turns import FairTurns
 from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.openai.chunks import FIELDS, Chunk, InvalidChunk, read_chunk
 
@@ -111,46 +112,16 @@ class ResponseScanner:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # by tenant, in the order of their turns
-        self._is_scanning = False
+        self._turns = FairTurns(1)
 
     async def add(self, response: BufferedResponse, piece: bytes, tenant: str) -> None:
         """Add a piece to a response. Raises as `BufferedResponse.add` does."""
         if not response.is_large and response.size + len(piece) <= LARGE_BYTES:
             response.add(piece)
             return
-        await self._wait_for_turn(tenant)
-        try:
-            response.add(piece)
-            await asyncio.sleep(0)
-        finally:
-            self._pass_on()
-
-    async def _wait_for_turn(self, tenant: str) -> None:
-        if not self._is_scanning:
-            self._is_scanning = True
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(tenant, deque()).append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # cancelled after it had got its turn
-                self._pass_on()
-            raise
-
-    def _pass_on(self) -> None:
-        """Give the turn to the next tenant that waits."""
-        while self._waiting:
-            tenant = next(iter(self._waiting))
-            turns = self._waiting.pop(tenant)
-            turn = turns.popleft()
-            if turns:
-                self._waiting[tenant] = turns  # at the end
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._is_scanning = False
+        await self._turns.turn(tenant)
+        response.add(piece)
+        await asyncio.sleep(0)  # by then, the next turn has begun: a response that is alone gets one after another
 
 
 class BufferedResponse:

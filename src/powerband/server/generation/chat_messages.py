@@ -6,42 +6,19 @@ from collections.abc import Iterable
 
 import msgspec
 
-from powerband.openai.tools import FunctionCall, FunctionDelta, ToolCall, ToolCallDelta
+from powerband.openai.tools import FunctionDelta, ToolCallDelta
 from powerband.output_parsers.events import CallArguments, CallStart, Content, Event, Reasoning
+from powerband.output_parsers.message import ParsedMessage
 from powerband.server.replies import ChatMessage, Delta
 
 
-class MessageBuilder:
-    """The message of one choice."""
-
-    def __init__(self) -> None:
-        self._content: list[str] = []
-        self._reasoning: list[str] = []
-        self._calls: list[tuple[CallStart, list[str]]] = []
-
-    def add(self, events: Iterable[Event]) -> None:
-        for event in events:
-            match event:
-                case Content(text):
-                    self._content.append(text)
-                case Reasoning(text):
-                    self._reasoning.append(text)
-                case CallStart():
-                    self._calls.append((event, []))
-                case CallArguments(_, text):
-                    self._calls[-1][1].append(text)
-
-    def message(self) -> ChatMessage:
-        content = "".join(self._content)
-        message = ChatMessage(content=content if content or not self._calls else None)
-        if self._reasoning:
-            message.reasoning_content = message.reasoning = "".join(self._reasoning)
-        if self._calls:
-            message.tool_calls = [
-                ToolCall(id=start.id, function=FunctionCall(name=start.name, arguments="".join(pieces)))
-                for start, pieces in self._calls
-            ]
-        return message
+def reply_of(message: ParsedMessage) -> ChatMessage:
+    reply = ChatMessage(content=message.content)
+    if message.reasoning is not None:
+        reply.reasoning_content = reply.reasoning = message.reasoning
+    if message.tool_calls is not None:
+        reply.tool_calls = message.tool_calls
+    return reply
 
 
 def delta_of(events: Iterable[Event]) -> Delta:

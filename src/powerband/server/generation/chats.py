@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from powerband.core.params import SamplingParams
-from powerband.core.structured_outputs import StructuredOutputsParams
+from powerband.engine.client.output_reader import OutputReader
 from powerband.errors import InvalidRequest
-from powerband.output_parsers.grammar import CallRules
-from powerband.output_parsers.tool_schemas import with_enforced_schemas
+from powerband.output_parsers.answer_grammar import answer_grammar
 from powerband.output_parsers.tool_use import ToolUse, tool_use
 from powerband.server.generation.engine_requests import Generation
-from powerband.server.generation.output_reader import OutputReader
 from powerband.server.generation.prompts import chat_prompt
 from powerband.server.generation.reasoning import thinking_budget
 from powerband.server.generation.sampling import chat_params
@@ -48,35 +44,15 @@ async def count_tokens(replica: ServerState, model: Model, body: ChatRequest) ->
 async def _with_grammar(
     replica: ServerState, model: Model, body: ChatRequest, params: SamplingParams, end: str, use: ToolUse | None
 ) -> SamplingParams:
-    """The parameters with a grammar for calls, and for the form of an answer. Raises InvalidRequest naming the place.
-
-    Schemas of tools that are not strict are left out where they cannot be enforced: their arguments are any object.
-    """
+    """The parameters with a grammar for calls and for the form of an answer. Raises InvalidRequest naming the place."""
     asked = asked_form(body.response_format, body.structured_outputs)
     form = "" if asked is None else await grammar(replica, model, *asked)
     rules = None if use is None else use.rules
-    if rules is None and not (form and model.format.reasoning):
-        return params.with_grammar(form) if form else params
-    token_id = model.need_tokenizer().token_id
-
-    def write(rules: CallRules | None) -> StructuredOutputsParams:
-        return StructuredOutputsParams(grammar=model.format.grammar(end, rules, token_id, form))
-
-    place = {"grammar": "tools" if rules is not None else "response_format"}
-    try:
-        wanted = rules and await replica.in_thread(with_enforced_schemas, rules)
-        return params.with_grammar(await grammar(replica, model, await replica.in_thread(write, wanted), place))
-    except ValueError:
-        raise InvalidRequest(
-            "This form of the answer cannot be combined with tools or reasoning.",
-            hint="Leave 'tools' out, and turn reasoning off.",
-            param="structured_outputs",
-        ) from None
-    except InvalidRequest:
-        if rules is None or any(tool.strict for tool in rules.tools):
-            raise
-    plain = replace(rules, tools=[replace(tool, schema={"type": "object"}) for tool in rules.tools])
-    return params.with_grammar(await grammar(replica, model, write(plain), place))
+    if rules is None and not form:
+        return params
+    compile_form, token_id = model.need_grammars().grammar, model.need_tokenizer().token_id
+    made = await replica.in_thread(answer_grammar, model.format, end, rules, form, token_id, compile_form)
+    return params.with_grammar(made)
 
 
 def tools_of(body: ChatRequest, model: Model) -> ToolUse | None:

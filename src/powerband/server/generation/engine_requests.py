@@ -18,11 +18,11 @@ from powerband.core.request import OUTPUT_COMPLETE, EngineRequest
 from powerband.core.step import ErrorInfo, FinishReason, TokenLogprobs, TokenOutput
 from powerband.engine.client.messages import RemoteError
 from powerband.engine.client.output import OutputProcessor
+from powerband.engine.client.output_reader import OutputReader, certain, token_by_token
 from powerband.engine.client.stream import TokenStream
 from powerband.errors import InvalidRequest, PowerbandError
 from powerband.metrics.record import Outcome, RequestRecord
 from powerband.output_parsers.events import Content, Event
-from powerband.server.generation.output_reader import OutputReader, certain, token_by_token
 from powerband.server.generation.prompts import Prompt
 from powerband.server.protocol import GenerationRequest
 from powerband.server.replica import Model, ServerState
@@ -166,6 +166,7 @@ class Generation:
         self.resumed = resumed = _resumed(body, prompts, params, model)
         deadline_s = None if body.deadline_s is None else arrival_s + body.deadline_s
         each = [params.for_choice(copy) for copy in range(params.n)]
+        adapter = replica.adapter(body.model)
         self.choices: list[ChoiceState] = []
         for prompt in prompts:
             for own in each:
@@ -180,6 +181,7 @@ class Generation:
                     deadline_s=deadline_s,
                     cache_salt=body.cache_salt or "",
                     resumed_ids=resumed,
+                    adapter=adapter.info.digest if adapter is not None else "",
                 )
                 processor = self._reader.processor(model.tokenizer, own, prompt.token_ids)
                 choice = ChoiceState(index, prompt, request, processor, num_tokens=len(resumed))
@@ -319,7 +321,11 @@ class Generation:
         if not ids or choice.num_tokens + len(ids) >= (choice.request.params.max_tokens or 0):
             return
         rows = certain(ids) if self.params.logprobs is not None else None
+        parser = choice.processor.parser
+        num_reasoning = 0 if parser is None else parser.num_reasoning_tokens
         yield from self._piece(choice, TokenOutput(choice.request.id, ids, time.monotonic(), logprobs=rows))
+        if parser is not None:  # the text that ends the reasoning is none
+            parser.num_reasoning_tokens = num_reasoning
         choice.request = replace(choice.request, resumed_ids=choice.output_ids)
 
     def _continue(self, choice: ChoiceState, id: str) -> None:

@@ -19,14 +19,14 @@ async def leave_out_oldest(replica: ServerState, model: Model, chat: ChatRequest
     starts = [index for index in range(head + 1, len(messages)) if messages[index].role == "user"]
     if not starts or await _fits(replica, model, chat):
         return
-    fewest, most = 0, len(starts) - 1  # places in `starts` of the first turn that is kept
-    while fewest < most:
-        middle = (fewest + most) // 2
+    low, high = 0, len(starts) - 1  # places in `starts` of the first turn that is kept
+    while low < high:
+        middle = (low + high) // 2
         if await _fits(replica, model, _kept(chat, messages[:head] + messages[starts[middle] :])):
-            most = middle
+            high = middle
         else:
-            fewest = middle + 1
-    _kept(chat, messages[:head] + messages[starts[fewest] :])
+            low = middle + 1
+    _kept(chat, messages[:head] + messages[starts[low] :])
 
 
 def _kept(chat: ChatRequest, messages: list[Message]) -> ChatRequest:

@@ -53,7 +53,7 @@ class ResponsesRoutes:
                 if body.truncation == "auto":
                     await leave_out_oldest(replica, model, chat)
                 generation = await chat_generation(replica, model, chat, arrival_s)
-                answer = _ResponseBuilder(generation, body, chat, replica.name)
+                answer = _ResponseBuilder(generation, body, chat, body.model or replica.name)
                 stream = bool(body.stream)
                 return await respond(request, generation, answer, stream=stream, last_event=answer.failed)
 

@@ -24,7 +24,6 @@ from powerband.gateway.proxy.pass_through.errors import error_event
 from powerband.gateway.proxy.pass_through.request import PassThroughRequest, lacks_endpoint
 from powerband.gateway.proxy.pass_through.state import PassThroughState
 from powerband.gateway.request import GatewayRequest
-from powerband.web.body import read_body
 
 _OUTSIDE_RESULTS = 2  # the results are one level deeper
 
@@ -39,7 +38,7 @@ def make_routes(gateway: Gateway, accounts: Accounts) -> list[Route]:
 
 async def _take(gateway: Gateway, accounts: Accounts, endpoint: PassThroughEndpoint, request: Request) -> Response:
     path = request.scope["path"]
-    client_request = PassThroughRequest(await read_body(request, gateway.settings.max_body_bytes), endpoint, path)
+    client_request = PassThroughRequest(await gateway.read_body(request), endpoint, path)
     served = gateway.served(client_request.fields.model)
     replicas = served.route.replicas
     if replicas and not any(one.adapter.may_offer(path) for one in replicas):

@@ -8,6 +8,7 @@ from powerband.core.params import SamplingParams
 from powerband.core.step import TokenLogprobs, TokenOutput
 from powerband.engine.client.output import OutputProcessor
 from powerband.output_parsers.formats import OutputFormat
+from powerband.output_parsers.grammar import CallRules
 from powerband.output_parsers.tool_use import ToolUse
 from powerband.text.tokenizer import Tokenizer
 
@@ -21,6 +22,11 @@ class OutputReader:
     use: ToolUse | None = None
     keeps_reasoning: bool = True
     budget: int | None = None
+
+    @property
+    def rules(self) -> CallRules | None:
+        """What calls the output may have; None: none."""
+        return None if self.use is None else self.use.rules
 
     def processor(self, tokenizer: Tokenizer | None, params: SamplingParams, prompt_ids: list[int]) -> OutputProcessor:
         parser = self.format.parser(self.prompt, self.use, keeps_reasoning=self.keeps_reasoning)
