@@ -55,4 +55,5 @@ class CompletedRequest:
     failed: tuple[tuple[str, str], ...] = ()  # failed attempts: replica and error code; rejections (429, 503) excluded
     resumed: int = 0  # how often another replica resumed the stream
     finish_reason: str = ""
+    reasoning_tokens: int | None = None  # of the output; None: the replica does not count them
     sequence: int = field(default=0)  # of the completed request, from 1, for /admin/records

@@ -399,6 +399,7 @@ class ProxiedResponse(Response, ABC):
                 queue_s=attempts.queue_s,
                 resumed=self._resumed,
                 finish_reason=state.finish_reason,
+                reasoning_tokens=state.tokens.reasoning,
                 cost_usd=usd,
                 is_estimate=is_estimate,
             )
