@@ -15,7 +15,7 @@ TESTS  ?= tests
 COUNTS := build/tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench wheel check fast test drills drill-tests slow kernels kernels-beside kernels-off kernels-plain kernels-avx2 kernels-avx512 kernels-sanitized lint docs bench-cpu accuracy accuracy-own clean
+.PHONY: help demo bench wheel check fast test drills drill-tests slow kernels kernels-beside kernels-off kernels-plain kernels-avx2 kernels-avx512 kernels-sanitized lint docs structured clients bench-cpu accuracy accuracy-own clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 19
@@ -32,6 +32,9 @@ check: $(DEV)  ## between two edits: lint, types and the fast tests (a minute an
 fast: $(DEV)
 	@echo "· fast tests"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --fast --save-counts $(COUNTS)/fast.json $(TESTS)
+
+structured: $(DEV)  ## structured output against 2,000 schemas and as many regular expressions (ten minutes)
+	@POWERBAND_STRUCTURED_CASES=2000 $(BIN)/python -m pytest -s --timeout=7200 tests/structured/test_answers_of_generated_schemas.py
 
 # Nothing runs twice. Drills mostly wait, and measure: kernels run beside them, with less right to the processors.
 test: $(DEV)  ## the whole proof: check, drills and kernels, then the slow tests (TESTS=tests/core for a part)
@@ -94,6 +97,9 @@ docs: $(DEV)  ## build the documentation into site/ (zensical goes into a .venv 
 	@test -x build/docs/bin/zensical || { $(PYTHON) -m venv build/docs && build/docs/bin/pip install -q zensical; }
 	@$(BIN)/python scripts/document.py
 	@build/docs/bin/zensical build
+
+clients: $(DEV)  ## run the official clients (OpenAI's, Anthropic's, LangChain, …) against a server and a gateway, and write docs/clients.md (ARGS="--only openai-3")
+	@$(BIN)/python scripts/clients.py $(ARGS)
 
 bench-cpu: $(DEV)  ## beside OpenVINO, vLLM and llama.cpp, which it installs outside the repository (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.cpu $(ARGS)

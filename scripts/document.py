@@ -149,7 +149,7 @@ HEAD = "| setting | value | default | what it does |\n|---|---|---|---|\n"
 
 
 def _row(name: str, declared: Any, default: Any, metadata: Any) -> str:
-    shown = "–" if default is None else f"`{str(default).lower() if isinstance(default, bool) else default}`"
+    shown = "–" if default in (None, ()) else f"`{str(default).lower() if isinstance(default, bool) else default}`"
     flag = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
     return f"| `{flag}`<br>`{PREFIX}{name.upper()}` | {_values(declared, metadata)} | {shown} | {metadata['help']} |\n"
 
@@ -160,6 +160,7 @@ def _values(declared: Any, metadata: Any) -> str:
     kind = next((k for k in get_args(declared) if k is not NoneType), declared)
     low, high = metadata["minimum"], metadata["maximum"]
     limits = f", {low} to {high}" if high is not None else f", at least {low}" if low is not None else ""
+    kind = tuple[str, ...] if declared == tuple[str, ...] else kind
     return KIND_NAMES[kind] + limits
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from powerband.core.params import SamplingParams
+    from powerband.core.params import PoolingParams, SamplingParams
     from powerband.core.structured_outputs import StructuredOutputsParams
+    from powerband.engine.offline.adapters import LoRARequest
     from powerband.engine.offline.llm import LLM
 
     __version__: str
 
-__all__ = ["LLM", "SamplingParams", "StructuredOutputsParams", "__version__"]
+__all__ = ["LLM", "LoRARequest", "PoolingParams", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,10 +27,18 @@ def __getattr__(name: str) -> Any:
         from powerband.engine.offline.llm import LLM
 
         return LLM
+    if name == "LoRARequest":
+        from powerband.engine.offline.adapters import LoRARequest
+
+        return LoRARequest
     if name == "SamplingParams":
         from powerband.core.params import SamplingParams
 
         return SamplingParams
+    if name == "PoolingParams":
+        from powerband.core.params import PoolingParams
+
+        return PoolingParams
     if name == "StructuredOutputsParams":
         from powerband.core.structured_outputs import StructuredOutputsParams
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.files import open_regular
 
 if TYPE_CHECKING:
     from yaml.events import Event
@@ -37,7 +38,8 @@ def read_table(path: Path, what: str, *, max_bytes: int = MAX_BYTES, param: str 
 
     Raises EnvironmentFault when it cannot be read, UsageError when it is something else.
     """
-    return parse_table(read_bytes(path, what, max_bytes=max_bytes, param=param), str(path), what, param=param)
+    content = read_bytes(path, what, max_bytes=max_bytes, param=param, allows_pipes=True)
+    return parse_table(content, str(path), what, param=param)
 
 
 def parse_table(content: bytes, name: str, what: str, *, param: str | None = None) -> dict[Any, Any]:
@@ -107,10 +109,14 @@ def is_lfs_pointer(content: bytes) -> bool:
     return content.startswith(LFS_POINTER)
 
 
-def read_bytes(path: Path, what: str, *, max_bytes: int, param: str | None = None) -> bytes:
-    """Raises EnvironmentFault, and UsageError when there are more. What is no regular file has no size to ask for."""
+def read_bytes(path: Path, what: str, *, max_bytes: int, param: str | None = None, allows_pipes: bool = False) -> bytes:
+    """The content of a file. allows_pipes: for files that a user names, such as `<(command)`; those of a checkpoint
+    must be regular.
+
+    Raises EnvironmentFault, and UsageError if it is larger.
+    """
     try:
-        with path.open("rb") as file:
+        with path.open("rb") if allows_pipes else open_regular(path) as file:
             content = file.read(max_bytes + 1)
     except OSError as problem:
         raise EnvironmentFault(f"Cannot read {path}: {problem.strerror or problem}.", param=param) from None

@@ -1,9 +1,30 @@
-"""Files that are written as a whole or not at all, and folders that are this user's from the start."""
+"""Files that are written as a whole or not at all, that are read only if they are regular, and private folders."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
+from io import FileIO
 from pathlib import Path
+
+
+def open_regular(path: Path) -> FileIO:
+    """Open a file for reading, without a buffer. Raises OSError.
+
+    Anything but a regular file is refused at once: opening a FIFO waits for its writer, and a device may have no end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        return FileIO(descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def set_aside(path: Path) -> Path:

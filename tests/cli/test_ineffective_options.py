@@ -34,6 +34,7 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any], str]] = [
     ({"gpu_memory_utilization": 0.5, "kv_cache_memory": "1GiB"}, "cuda", {"kv_cache_memory": "1GiB"}, "cuda"),
     ({"gpu_memory_utilization": 0.5}, "cpu", {"gpu_memory_utilization": 0.5}, "cuda"),
     ({"long_prefill_token_threshold": 2048}, "cpu", {"long_prefill_token_threshold": 2047}, "cpu"),
+    ({"max_lora_rank": 8}, "cpu", {"max_lora_rank": 8, "max_loras": 1}, "cpu"),
     ({"api_key_file": "key", "api_key": "secret"}, "cpu", {"api_key_file": "key"}, "cpu"),
     ({"insecure": True, "api_key": "secret"}, "cpu", {"insecure": True, "host": "::"}, "cpu"),
 ]

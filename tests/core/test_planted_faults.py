@@ -65,8 +65,8 @@ def _(right: Any, scheduler: Any, r: Any) -> None:
 
 
 @FAULTS.add("a request with a reused id keeps its epoch", new_request)
-def _(right: Any, source: Any, *, max_length: int, epoch: int) -> Any:
-    return right(source, max_length=max_length, epoch=0)
+def _(right: Any, source: Any, *, epoch: int, **others: Any) -> Any:
+    return right(source, epoch=0 * epoch, **others)
 
 
 @FAULTS.add("preemption keeps pending tokens", Scheduler._preempt)
@@ -154,7 +154,7 @@ def _(right: Any, kv: Any, r: Any, match: PrefixMatch, **reserve: int) -> Any:
 
 @FAULTS.add("prompt log-probabilities read the cache", KVCacheManager.matching_blocks)
 def _(right: Any, kv: Any, r: Any) -> Any:
-    with changed(r, params=replace(r.params, prompt_logprobs=None)):
+    with changed(r, uses_prefix_cache=True):
         return right(kv, r)
 
 
@@ -255,8 +255,8 @@ def _(right: Any, scheduler: Any, *arguments: Any) -> None:
 
 
 @FAULTS.add("requests with a grammar do not wait for their last token", new_request)
-def _(right: Any, source: Any, *, max_length: int, epoch: int) -> Any:
-    r = right(source, max_length=max_length, epoch=epoch)
+def _(right: Any, source: Any, **settings: Any) -> Any:
+    r = right(source, **settings)
     r.waits_for_token = False
     return r
 

@@ -62,11 +62,15 @@ class TestEngine:
     def __exit__(self, *_: object) -> None:
         self.engine.close()
 
-    def add(self, prompt: Sequence[int], **params: Any) -> str:
+    def add(self, prompt: Sequence[int], *, adapter: str | None = None, **params: Any) -> str:
+        """adapter: its name."""
         self._count += 1
         id = f"r{self._count}"
         asked = SamplingParams(**{"max_tokens": 8, "temperature": 0.0, **params})
-        self.inbox.commands.append(Add(EngineRequest(id=id, token_ids=list(prompt), params=asked, arrival_s=0.0)))
+        digests = {info.name: info.digest for info in self.engine.adapters.infos()}
+        digest = digests[adapter] if adapter is not None else ""
+        request = EngineRequest(id=id, token_ids=list(prompt), params=asked, arrival_s=0.0, adapter=digest)
+        self.inbox.commands.append(Add(request))
         return id
 
     def run(self) -> dict[str, list[TokenOutput]]:
@@ -77,9 +81,12 @@ class TestEngine:
                 outputs.setdefault(output.id, []).append(output)
         return outputs
 
-    def generate(self, prompts: Sequence[Sequence[int]], **params: Any) -> list[list[int]]:
-        """All prompts at once → the output tokens of each. Fails when a request fails."""
-        ids = [self.add(prompt, **params) for prompt in prompts]
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, adapters: Sequence[str | None] | None = None, **params: Any
+    ) -> list[list[int]]:
+        """All prompts at once → the output tokens of each; adapters: one for each prompt. Fails when one fails."""
+        chosen = adapters or [None] * len(prompts)
+        ids = [self.add(prompt, adapter=name, **params) for prompt, name in zip(prompts, chosen, strict=True)]
         outputs = self.run()
         for id in ids:
             assert outputs[id][-1].error is None, outputs[id][-1].error

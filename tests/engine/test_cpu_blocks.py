@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from adapters_for_tests import save_adapter
 from engines_for_tests import TestEngine
 from models_for_tests import random_model, save
 
@@ -31,10 +33,12 @@ def _kernels() -> None:
         pytest.skip(f"no CPU kernels: {status.reason}")
 
 
-def logprobs(engine: TestEngine) -> torch.Tensor:
+def logprobs(engine: TestEngine, adapters: Sequence[str | None] = (None,) * len(PROMPTS)) -> torch.Tensor:
     """Of every token of every prompt and of what follows, the requests running side by side in chunks."""
-    ids = [engine.add(prompt, max_tokens=4, prompt_logprobs=0, logprobs=0, ignore_eos=True) for prompt in PROMPTS]
-    outputs = [output for each in engine.run().values() for output in each]
+    params = {"max_tokens": 4, "prompt_logprobs": 0, "logprobs": 0, "ignore_eos": True}
+    ids = [engine.add(prompt, adapter=name, **params) for prompt, name in zip(PROMPTS, adapters, strict=True)]
+    found = engine.run()
+    outputs = [output for id in ids for output in found[id]]
     assert len(ids) == len(PROMPTS)
     entries = [entry for output in outputs for entry in (*(output.prompt_logprobs or ()), *(output.logprobs or ()))]
     return torch.tensor([entry.logprobs[0] for entry in entries if entry])
@@ -68,3 +72,23 @@ def test_norms_over_all_heads_stay_apart(tmp_path: Path) -> None:
     with TestEngine(save(random_model("olmo2", head_dim=32), tmp_path), quantization="none", **SETTINGS) as engine:
         decoder = engine.engine.executor.runner.model
         assert take_apart(decoder) == len(decoder.layers)
+
+
+@pytest.mark.parametrize(("family", "quantization"), [("qwen3", "none"), ("gemma2", "int8")])
+def test_blocks_add_what_adapters_add(family: str, quantization: str, tmp_path: Path) -> None:
+    model = random_model(family, initializer_range=0.1, head_dim=32)
+    for seed, name in enumerate("ab"):
+        save_adapter(model, tmp_path / name, seed, std=0.1, r=3 + seed)
+    flags = {"lora": tuple(f"{name}={tmp_path / name}" for name in "ab"), "quantization": quantization}
+    mixed = ("a", None, "b", "a")
+    with TestEngine(save(model, tmp_path / "model"), **flags, **SETTINGS) as engine:
+        runner = engine.engine.executor.runner
+        assert all(weights.is_packed for weights in runner.adapters.values())
+        together, without = logprobs(engine, mixed), logprobs(engine)
+        take_apart(runner.model)
+        apart = logprobs(engine, mixed)
+    with TestEngine(tmp_path / "model", **flags, **SETTINGS | {"attention_backend": "auto", "kernels": "off"}) as plain:
+        right = logprobs(plain, mixed)
+    assert (together - apart).abs().mean() < 0.02
+    assert (together - right).abs().mean() < 0.05
+    assert (together - without).abs().mean() > 0.2

@@ -15,6 +15,7 @@ from engines_for_tests import TestEngine
 from scipy.stats import chisquare
 
 from powerband import LLM, SamplingParams, StructuredOutputsParams
+from powerband.engine.client.output_reader import OutputReader
 from powerband.errors import InvalidRequest
 
 SETTINGS: dict[str, Any] = {
@@ -209,7 +210,7 @@ def expected(llm: LLM, grammar: str, prompt: list[int], done: tuple[int, ...] = 
 def test_an_answer_is_as_likely_as_the_model_has_it_among_those_of_the_form(llm: LLM) -> None:
     form = StructuredOutputsParams(regex="[ab]{2}")
     prompt = llm.get_tokenizer().encode("The list is")
-    whole = llm._reader._complete(SamplingParams(structured_outputs=form), len(prompt))
+    whole = llm._reader._complete(SamplingParams(structured_outputs=form), len(prompt), OutputReader())
     likely = expected(llm, whole.grammar, prompt)
     assert sum(likely.values()) == pytest.approx(1)
     asked = [SamplingParams(temperature=1.0, n=100, seed=1000 * i, structured_outputs=form) for i in range(10)]

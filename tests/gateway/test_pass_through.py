@@ -14,6 +14,7 @@ from byte_replica import answer
 from gateways_for_tests import RunningGateway, gateway_before, running_gateway
 from pass_through_gateway import client_of, last_record, new_key, serving
 
+from powerband.engines.powerband import POWERBAND
 from powerband.mock_server.behavior import Behavior
 
 CALM = ("--stream-idle-timeout-s=2", "--first-byte-timeout-s=2")
@@ -138,7 +139,9 @@ def test_a_response_without_a_limit_is_capped_to_what_the_key_may_use(gateway: R
 
 def test_an_engine_without_the_endpoint_is_named_and_stays_in_routing(tmp_path: Path) -> None:
     with gateway_before(tmp_path, Behavior(model="demo")) as gateway:
-        for path, body in BODIES.items():
+        lacking = {path: body for path, body in BODIES.items() if not POWERBAND.may_offer(path)}
+        assert "/classify" in lacking
+        for path, body in lacking.items():
             found = gateway.post(path, {"model": "demo", **body})
             assert found.status_code == 404
             assert found.json()["error"]["message"].startswith(f"The model's engine, Powerband, has no {path}.")
@@ -166,9 +169,9 @@ def test_replicas_of_powerband_are_not_asked(gateway: RunningGateway) -> None:
         url = replica.url
         one = {"id": "own", "url": url, "model": "inner", "engine": "powerband"}
         gateway.admin.put("/admin/routes", json={"models": [{"name": "public", "replicas": [one]}]})
-        found = gateway.post("/v1/embeddings", {"model": "public", "input": "a"})
+        found = gateway.post("/classify", {"model": "public", "input": "a"})
         assert found.status_code == 404
-        assert "engine, Powerband, has no /v1/embeddings" in found.json()["error"]["message"]
+        assert "engine, Powerband, has no /classify" in found.json()["error"]["message"]
         assert replica.posts == []
 
 

@@ -121,7 +121,7 @@ TEXTS = st.lists(
 
 
 @pytest.mark.parametrize("name", sorted(TOOL_FORMATS))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(text=TEXTS, data=st.data())
 def test_any_text_means_the_same_however_it_is_cut(name: str, text: str, data: st.DataObject) -> None:
     reasoning = data.draw(st.sampled_from(["", *REASONING_FORMATS]))

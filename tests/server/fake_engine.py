@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import powerband
@@ -16,9 +16,9 @@ from powerband.core.loop import EngineCore, Inbox
 from powerband.core.scheduler import Scheduler
 from powerband.core.simulation import SimExecutor
 from powerband.core.step import NewRequest, Step, StepResult, TokenLogprobs
-from powerband.engine.client.messages import EngineInfo
+from powerband.engine.client.messages import AdapterInfo, EngineInfo
 from powerband.engine.process import main
-from powerband.errors import EnvironmentFault
+from powerband.errors import EnvironmentFault, InvalidRequest, UsageError
 from powerband.spec.settings import EngineSettings
 
 STEP_S, LONG_STEP_S = 0.003, 0.1  # with the second one a stream lasts until it is cut
@@ -77,10 +77,36 @@ def logprobs(token: int, num_alternatives: int) -> TokenLogprobs:
     return TokenLogprobs(ids, [-0.5, *(-0.5 - i for i in range(num_alternatives))], rank=1)
 
 
+class FakeAdapters:
+    """Takes every folder for an adapter, but for "bad" and "missing"; of "until:FILE" it waits for the file."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, AdapterInfo] = {}
+
+    def begin_load(self, name: str, source: str, replace: bool = False) -> Callable[[], AdapterInfo]:
+        if source == "bad":
+            raise UsageError("lora_A has shape [4, 64]; the model asks for [4, 32].", code="bad_adapter", param="lora")
+        if source == "missing":
+            raise EnvironmentFault("There is no folder 'missing'.", code="adapter_not_found", param="lora")
+        while source.startswith("until:") and not Path(source.removeprefix("until:")).exists():
+            time.sleep(0.01)
+        if name in self.names and not replace:
+            raise InvalidRequest(f"An adapter {name!r} is loaded already.", code="adapter_exists", param="lora_name")
+        info = AdapterInfo(name, source, digest=f"digest of {source}", rank=4, memory_bytes=1024)
+        return lambda: self.names.setdefault(name, info)
+
+    def remove(self, name: str) -> AdapterInfo:
+        return self.names.pop(name)
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
 @dataclass
 class Built:
     core: EngineCore
     info: EngineInfo
+    adapters: FakeAdapters = field(default_factory=FakeAdapters)
     residuals: None = None  # no latency model knows it
 
     def close(self) -> None:

@@ -126,7 +126,13 @@ def test_fields_that_change_nothing_here_are_ignored_and_named() -> None:
 
 def test_the_pages_list_what_is_ignored_and_what_is_refused() -> None:
     page = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
-    for name in (*protocol.IGNORED, *protocol.MESSAGE_IGNORED, *protocol.PART_IGNORED, *protocol.NOT_SUPPORTED):
+    for name in (
+        *protocol.IGNORED,
+        *protocol.MESSAGE_IGNORED,
+        *protocol.PART_IGNORED,
+        *protocol.TOOL_IGNORED,
+        *protocol.NOT_SUPPORTED,
+    ):
         assert f"`{name}`" in page, name
 
 
@@ -279,3 +285,18 @@ def problem(kind: type, body: dict[str, Any]) -> InvalidRequest | None:
     except InvalidRequest as error:
         return error
     return None
+
+
+def test_tools_and_calls_of_other_clients_are_taken() -> None:
+    function = {"name": "f", "arguments": {"a": 1}}
+    taken = message(content=None, tool_calls=[{"index": 0, "function": function}])  # an index, no id: Ollama's
+    assert taken.tool_calls is not None
+    [call] = taken.tool_calls
+    assert (call.id, call.function.arguments) == ("call_1_0", '{"a":1}')
+    tool = {"type": "function", "function": {"name": "f", "parameters": None}, "cache_control": {"type": "ephemeral"}}
+    request, ignored = chat(tools=[tool])
+    assert request.tools is not None
+    assert request.tools[0].function.name == "f"
+    assert ignored == ["tools.cache_control"]
+    error = refusal(tools=[{"type": "function", "function": {"name": "f", "parametres": {}}}])
+    assert (error.param, error.hint) == ("tools.0.function.parametres", "Did you mean 'parameters'?")

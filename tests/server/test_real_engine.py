@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
+import jsonschema
 import openai
+import pydantic
 import pytest
 from servers_for_tests import RunningServer, running_server
 
@@ -66,3 +70,77 @@ def test_everything_is_given_back(server: RunningServer) -> None:
     server.until(lambda: server.figure("powerband_kv_cache_usage_ratio") == 0)
     assert server.figure("vllm:generation_tokens_total") > 100
     assert server.figure("vllm:iteration_tokens_total_count") > 24
+
+
+class Point(pydantic.BaseModel):
+    x: int = pydantic.Field(ge=0, le=99)
+    y: int = pydantic.Field(ge=0, le=99)
+    name: Literal["here", "there"]
+
+
+HI: Any = [{"role": "user", "content": "Where?"}]
+
+
+def test_the_official_client_parses_answers_of_a_form(server: RunningServer) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        chat = client.chat.completions.parse(model="demo", messages=HI, response_format=Point, temperature=2, seed=1)
+        assert isinstance(chat.choices[0].message.parsed, Point)
+        answer = client.responses.parse(model="demo", input=HI, text_format=Point)
+        assert isinstance(answer.output_parsed, Point)
+        with client.chat.completions.stream(model="demo", messages=HI, response_format=Point) as stream:
+            assert isinstance(stream.get_final_completion().choices[0].message.parsed, Point)
+
+
+def test_every_way_to_ask_for_a_form_is_followed(server: RunningServer) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    wrapped = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+
+    def chat(**form: Any) -> str:
+        body = {"messages": HI, "max_tokens": 100, "temperature": 2, "seed": 5, **form}
+        text: str = server.post("/v1/chat/completions", **body).json()["choices"][0]["message"]["content"]
+        return text
+
+    for form in ({"response_format": wrapped}, {"structured_outputs": {"json": schema}}):
+        jsonschema.validate(json.loads(chat(**form)), schema)
+    assert chat(structured_outputs={"choice": ["yes", "no"]}) in ("yes", "no")
+    assert re.fullmatch("[ab]{3}", chat(structured_outputs={"regex": "[ab]{3}"}))
+    assert chat(structured_outputs={"grammar": 'root ::= "x" | "y"'}) in ("x", "y")
+    assert chat(response_format={"type": "json_object"}, logit_bias={"93": -100}, max_tokens=8).startswith("{")
+    made = server.post("/v1/completions", prompt=["a", "b"], n=2, structured_outputs={"regex": "[ab]{3}"}).json()
+    assert all(re.fullmatch("[ab]{3}", choice["text"]) for choice in made["choices"])
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (
+            "/v1/chat/completions",
+            {
+                "messages": HI,
+                "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"not": {}}}},
+            },
+            "response_format.json_schema.schema.not",
+        ),
+        (
+            "/v1/responses",
+            {"input": "x", "text": {"format": {"type": "json_schema", "name": "n", "schema": {"not": {}}}}},
+            "text.format.schema.not",
+        ),
+        (
+            "/v1/completions",
+            {"prompt": "x", "structured_outputs": {"json": {"not": {}}}},
+            "structured_outputs.json.not",
+        ),
+        (
+            "/v1/completions",
+            {"prompt": "x", "structured_outputs": {"regex": "a", "choice": ["a"]}},
+            "structured_outputs",
+        ),
+        ("/v1/completions", {"prompt": "x", "response_format": {"type": "xml"}}, "response_format.type"),
+    ],
+)
+def test_a_form_that_cannot_be_followed_is_a_400_that_names_the_place(
+    server: RunningServer, path: str, body: dict[str, Any], param: str
+) -> None:
+    answer = server.post(path, **body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)

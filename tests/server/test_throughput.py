@@ -31,7 +31,7 @@ def test_line_has_the_figures_that_vllm_shows() -> None:
     metrics.update(STATS)
     assert throughput_line(before, metrics.figures(), 10.0) == (
         "Prompt throughput: 10.0 tokens/s, generation throughput: 5.0 tokens/s, running: 2 requests,"
-        " waiting: 1 requests, KV cache usage: 12.5%, prefix cache hit rate: 25.0%"
+        " waiting: 1 request, KV cache usage: 12.5%, prefix cache hit rate: 25.0%"
     )
 
 

@@ -20,7 +20,7 @@ from powerband.spec.settings import EngineSettings, value_types
 
 ALL_SETTINGS: tuple[type, ...] = (EngineSettings, ServerSettings)
 KNOWN_SETTINGS = (*ALL_SETTINGS, GatewaySettings)  # one file and one environment may hold those of all commands
-GROUPS = ("Model", "Device", "Memory", "Scheduling", "Server", "Gateway", "Queue", "Failure")
+GROUPS = ("Model", "Adapters", "Device", "Memory", "Scheduling", "Server", "Gateway", "Queue", "Failure")
 CONFIG_HELP = "Settings file in YAML, one 'name: value' per line; flags and POWERBAND_* variables win over it"
 Json = Annotated[bool, Parameter(help="Print the result as JSON", negative="")]
 MODEL_HELP = "Folder, Hugging Face id, or 'demo' for the model in the package"

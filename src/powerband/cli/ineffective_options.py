@@ -58,6 +58,11 @@ RULES = (
         "a prefill chunk is never larger than the token budget (max_num_batched_tokens)",
     ),
     Rule(
+        "max_lora_rank",
+        lambda s, _: s.engine.adapter_slots == 0,
+        "it limits LoRA adapters, and there are none: --lora names some, --max-loras leaves room for some",
+    ),
+    Rule(
         "api_key_file",
         lambda s, _: s.server.api_key is not None,
         "api_key already gives the key",

@@ -164,10 +164,11 @@ def _usage_message(error: CycloptsError) -> tuple[str, str]:
     hint = f"'{command} --help' shows the options."
     if isinstance(error, UnusedCliTokensError):
         return f"Unexpected: {' '.join(error.unused_tokens or ())}.", hint
-    if isinstance(error, MissingArgumentError) and error.argument is not None and error.argument.parameter.name:
-        option = error.argument.name
-        if option.startswith("--"):
-            return f"{option} needs a value.", f"A value that begins with '-' is written {option}=VALUE. {hint}"
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        option = error.keyword or error.argument.name
+        if not option.startswith("--") or option not in (error.root_input_tokens or ()):
+            return f"{option} is missing.", hint
+        return f"{option} needs a value.", f"A value that begins with '-' is written {option}=VALUE. {hint}"
     if isinstance(error, UnknownOptionError):
         option = (error.token.keyword or error.token.value).partition("=")[0]
         if option == "--model":

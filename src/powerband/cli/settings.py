@@ -166,7 +166,12 @@ def _with_new_names(given: Iterable[str], renamed: Mapping[str, str], written: C
 
 
 def _convert(value: Any, declared: Any) -> Any:
-    """A value as text or YAML gives it, in the declared type; as it is when that fails, for the check to name."""
+    """A value as text or YAML gives it, in the declared type; as it is when that fails, for the check to name.
+
+    Of several texts in one, commas stand between.
+    """
+    if declared == tuple[str, ...] and isinstance(value, str):
+        return tuple(part for text in value.split(",") if (part := text.strip()))
     try:
         return msgspec.convert(value, declared, strict=not isinstance(value, str))
     except msgspec.ValidationError:

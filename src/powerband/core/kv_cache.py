@@ -71,10 +71,10 @@ class KVCacheManager:
     def matching_blocks(self, r: Request) -> list[int]:
         """The blocks of `match`.
 
-        Prompt log-probabilities need every position of the prompt computed, so such a request matches nothing.
+        A request that needs every position of its prompt computed matches nothing.
         """
         blocks: list[int] = []
-        if not self.prefix_caching or r.params.prompt_logprobs is not None:
+        if not self.prefix_caching or not r.uses_prefix_cache:
             return blocks
         keys, find = r.block_keys, self.pool.block_of.get
         if len(keys) < len(r.tokens) // self.block_size:

@@ -9,7 +9,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
-from powerband.core.params import SamplingParams
+from powerband.core.params import PoolingParams, SamplingParams
 from powerband.errors import InvalidRequest
 from powerband.spec.model.model_spec import RopeSpec
 from powerband.spec.model.rope import rope_length
@@ -29,7 +29,9 @@ class EngineRequest:
     tenant: str = ""
     deadline_s: float | None = None  # time.monotonic() by which the first token is wanted
     cache_salt: str = ""
+    adapter: str = ""  # digest of the adapter that the model is to compute with; "": none
     resumed_ids: list[int] = field(default_factory=list)  # output that it has already, from a replica that is gone
+    pooling: PoolingParams | None = None  # one vector for the prompt instead of output; `params` are then not looked at
 
 
 @dataclass(slots=True, eq=False)
@@ -45,17 +47,20 @@ class Request:
     id: str
     arrival_s: float
     params: SamplingParams
+    pooling: PoolingParams | None
     priority: int
     tenant: str
     deadline_s: float | None
+    adapter: str
     salt: bytes  # start of the key chain: requests with different salts share no block
     tokens: list[int]  # prompt and every confirmed output token
     num_prompt_tokens: int
-    max_length: int  # prompt and output together
+    max_length: int  # prompt and output together; one more than the prompt where that is only pooled
     stop_ids: frozenset[int]
     epoch: int  # unique among all requests of a scheduler; renewed by preemption
     order: tuple[Any, ...] = ()  # the policy's key, as of the last sorting
     running: bool = False
+    uses_prefix_cache: bool = True  # False: every position of its prompt must be computed
     waits_for_token: bool = False  # what may come next depends on the last token, which must be known first
     rope_length: int = 0  # its keys are rotated by at least this length (spec.rope.rope_length)
     max_rotated: int = sys.maxsize  # tokens that keys rotated so are right for; with more, all are computed again
@@ -83,36 +88,52 @@ class Request:
         return len(self.tokens) - self.num_prompt_tokens
 
 
-def new_request(source: EngineRequest, *, max_length: int, epoch: int) -> Request:
+def new_request(source: EngineRequest, *, max_length: int, epoch: int, pools_every_position: bool = False) -> Request:
     """Make the live form of `source`. `max_length`: prompt and output may never exceed it.
 
-    Raises InvalidRequest for values that could not be scheduled.
+    pools_every_position: the model's vectors are made of all positions of a prompt. Raises InvalidRequest for values
+    that could not be scheduled.
     """
     params = source.params
     _check(source)
     _check_resumed(source)
+    if source.pooling is not None:
+        max_length = len(source.token_ids) + 1  # nothing is ever scheduled after its prompt
     asked = sys.maxsize if params.max_tokens is None else params.max_tokens
     eos = () if params.ignore_eos else (params.eos_token_ids or ())
     return Request(
         id=source.id,
         arrival_s=source.arrival_s,
         params=params,
+        pooling=source.pooling,
         priority=source.priority,
         tenant=source.tenant,
         deadline_s=source.deadline_s,
-        salt=cache_root(source.tenant, source.cache_salt),
+        adapter=source.adapter,
+        salt=cache_root(source.tenant, source.cache_salt, source.adapter),
         tokens=[*source.token_ids, *source.resumed_ids],
         num_prompt_tokens=len(source.token_ids),
         max_length=min(len(source.token_ids) + asked, max_length),
         stop_ids=frozenset(eos) | frozenset(params.stop_token_ids or ()),
         epoch=epoch,
+        uses_prefix_cache=_uses_prefix_cache(source, pools_every_position),
         waits_for_token=params.grammar is not None,
     )
 
 
-def cache_root(tenant: str, cache_salt: str) -> bytes:
-    """The key before a chain's first block. Lengths are hashed too, so that ("a", "bc") and ("ab", "c") differ."""
-    parts = [part.encode() for part in (tenant, cache_salt)]
+def _uses_prefix_cache(source: EngineRequest, pools_every_position: bool) -> bool:
+    """What is found in the cache is not computed, so it has neither log-probabilities nor a share in a mean."""
+    if source.pooling is not None:
+        return not pools_every_position
+    return source.params.prompt_logprobs is None
+
+
+def cache_root(tenant: str, cache_salt: str, adapter: str = "") -> bytes:
+    """The key before a chain's first block. Lengths are hashed too, so that ("a", "bc") and ("ab", "c") differ.
+
+    An adapter changes the keys and values of every position, so that its blocks are found by its requests only.
+    """
+    parts = [part.encode() for part in (tenant, cache_salt, *([adapter] if adapter else ()))]
     return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()
 
 
@@ -156,7 +177,9 @@ def _check(source: EngineRequest) -> None:
 
 
 def _check_resumed(source: EngineRequest) -> None:
-    """Raise InvalidRequest if the output to resume is already complete."""
+    """Raise InvalidRequest if the output to resume is already complete, or if there can be none."""
+    if source.pooling is not None and source.resumed_ids:
+        raise InvalidRequest("A prompt that is pooled has no output to resume.", param="resume_token_ids")
     given, params = len(source.resumed_ids), source.params
     if params.max_tokens is not None and given >= params.max_tokens:
         raise InvalidRequest(

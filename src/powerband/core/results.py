@@ -34,6 +34,7 @@ def token_output(
     logprobs: list[TokenLogprobs] | None = None,
     prompt_logprobs: list[TokenLogprobs] | None = None,
     error: ErrorInfo | None = None,
+    vector: bytes | None = None,
 ) -> TokenOutput:
     """The output with `token_ids` of `r`. Log-probabilities of tokens that do not count are left out."""
     if logprobs is not None and len(logprobs) > len(token_ids):
@@ -50,6 +51,7 @@ def token_output(
         r.num_cached,
         r.num_preemptions,
         r.scheduled_s or 0.0,
+        vector,
     )
 
 
@@ -60,6 +62,13 @@ def new_prompt_rows(r: Request, w: Work, rows: list[TokenLogprobs] | None) -> li
     new = rows[max(r.num_prompt_rows - w.start, 0) :]
     r.num_prompt_rows = max(r.num_prompt_rows, w.start + len(rows))
     return new or None
+
+
+def no_vector() -> ErrorInfo:
+    """The executor broke its contract, or pools nothing; only this request suffers."""
+    return ErrorInfo(
+        "internal_error", "The executor returned no vector for a prompt that is pooled.", "Please report this."
+    )
 
 
 def wrong_count(w: Work, got: list[int] | None) -> ErrorInfo:

@@ -15,7 +15,7 @@ from powerband.core.admission import Admission, SchedulerLimits
 from powerband.core.kv_cache import KVCacheManager
 from powerband.core.policy import FirstComeFirstServed, SchedulingPolicy
 from powerband.core.request import EngineRequest, Request, new_request, rotate_for
-from powerband.core.results import new_prompt_rows, take_tokens, token_output, wrong_count
+from powerband.core.results import new_prompt_rows, no_vector, take_tokens, token_output, wrong_count
 from powerband.core.stats import Counters, SchedulerStats
 from powerband.core.step import ErrorInfo, FinishReason, NewRequest, Step, StepResult, TokenOutput, Work
 from powerband.errors import InvalidRequest, RequestTooLong
@@ -33,7 +33,8 @@ class Scheduler:
 
     `relay`: unconfirmed samples on top of which a request may be scheduled (Executor.relay). `num_stages`: pipeline
     stages; each step then takes its share of the decoding requests, so that the other stages have work too.
-    `propose(request)` returns draft tokens to verify, or none. `rope`: the model's `length_rope`.
+    `propose(request)` returns draft tokens to verify, or none. `rope`: the model's `length_rope`. `whole_prompts`: the
+    model sees a prompt in both directions, so that it is computed in one step. `pools_every_position`: see new_request.
     """
 
     def __init__(
@@ -47,6 +48,8 @@ class Scheduler:
         propose: Callable[[Request], list[int]] | None = None,
         estimate_s: Callable[[int, int], float] | None = None,
         rope: RopeSpec | None = None,
+        whole_prompts: bool = False,
+        pools_every_position: bool = False,
     ) -> None:
         self.kv = kv
         self.limits = limits
@@ -55,6 +58,8 @@ class Scheduler:
         self.num_stages = num_stages
         self.propose = propose
         self.rope = rope
+        self.whole_prompts = whole_prompts
+        self.pools_every_position = pools_every_position or whole_prompts
         self.admission = Admission(limits, estimate_s)
         self.paused = False
         self.requests: dict[str, Request] = {}
@@ -73,7 +78,12 @@ class Scheduler:
         """Accept a request. Raises InvalidRequest, RequestTooLong or QueueFull (see Admission)."""
         if source.id in self.requests:
             raise InvalidRequest(f"Request id {source.id!r} is in use.", hint="Choose a new one.", param="request_id")
-        r = new_request(source, max_length=min(self.limits.max_model_len, self.kv.max_tokens), epoch=self._next_epoch())
+        r = new_request(
+            source,
+            max_length=min(self.limits.max_model_len, self.kv.max_tokens),
+            epoch=self._next_epoch(),
+            pools_every_position=self.pools_every_position,
+        )
         self._check_length(r)
         rotate_for(r, self.rope)
         slots = max(self.limits.max_num_seqs - len(self.running), 0)
@@ -236,7 +246,7 @@ class Scheduler:
             self._sort(self.waiting, now)
         while self.waiting and budget > 0 and len(self.running) < self.limits.max_num_seqs:
             r = self.waiting[0]
-            if self._chunk_of(r) <= 0:
+            if self._chunk_of(r) <= 0 or (self.whole_prompts and len(r.tokens) > budget):
                 return
             match = self.kv.match(r)
             # One block each for the running to grow into: starting one more only to preempt it gains nothing.
@@ -247,13 +257,15 @@ class Scheduler:
             self.kv.attach(r, match)
             # The whole prompt gets its blocks now: what is promised to one cannot be given to the next.
             self.kv.allocate(r, len(r.tokens) - r.num_computed)
-            n = min(len(r.tokens) - r.num_computed, budget, self._chunk_of(r))
+            n = len(r.tokens) - r.num_computed
+            if not self.whole_prompts:
+                n = min(n, budget, self._chunk_of(r))
             if r.scheduled_s is None:
                 self._first_start(r, now)
             r.running = True
             insort(self.running, r, key=_by_order)
             work = self._work(r, n, [], list(r.blocks))
-            work.new = NewRequest(list(r.tokens), r.num_prompt_tokens, r.params, r.rope_length)
+            work.new = NewRequest(list(r.tokens), r.num_prompt_tokens, r.params, r.rope_length, r.adapter, r.pooling)
             works.append(work)
             budget -= n
             if self.policy.dynamic:
@@ -263,7 +275,7 @@ class Scheduler:
         r.scheduled_s = now
         r.num_cached = min(r.num_computed, r.num_prompt_tokens)
         self.counters.prompt_tokens += r.num_prompt_tokens
-        if self.kv.prefix_caching and r.params.prompt_logprobs is None:
+        if self.kv.prefix_caching and r.uses_prefix_cache:
             self.counters.prefix_queries += r.num_prompt_tokens
             self.counters.prefix_hits += r.num_cached
         self.admission.started(now)
@@ -294,6 +306,9 @@ class Scheduler:
                 if rows:
                     outputs.append(token_output(r, [], now, prompt_logprobs=rows))
                 continue
+            if r.pooling is not None:
+                outputs.append(self._finish_pooled(r, w, result, now))
+                continue
             got = tokens_of.get(w.id)
             if not got or len(got) > 1 + len(w.drafts):
                 outputs.append(self._fail(r, w.start, wrong_count(w, got), now))
@@ -306,6 +321,14 @@ class Scheduler:
             if finish is not None:
                 self._finish(r)
         return outputs
+
+    def _finish_pooled(self, r: Request, w: Work, result: StepResult, now: float) -> TokenOutput:
+        """End a request whose prompt has been computed, with its vector."""
+        vector = result.vectors.get(w.id)
+        if vector is None:
+            return self._fail(r, w.start, no_vector(), now)
+        self._finish(r)
+        return token_output(r, [], now, FinishReason.STOP, vector=vector)
 
     # Failure
 
@@ -354,12 +377,14 @@ class Scheduler:
         )
 
     def _check_length(self, r: Request) -> None:
-        if len(r.tokens) < r.max_length:
+        room = min(self.limits.max_model_len, self.kv.max_tokens)
+        limit = room if r.pooling is not None else room - 1
+        if len(r.tokens) <= min(limit, r.max_length - 1):
             return
-        limit = min(self.limits.max_model_len, self.kv.max_tokens) - 1
         what = "context" if self.limits.max_model_len <= self.kv.max_tokens else "KV cache"
         raise RequestTooLong(
-            f"The prompt has {len(r.tokens)} tokens; the {what} takes {limit} and one output token.",
+            f"The prompt has {len(r.tokens)} tokens; the {what} takes {limit}"
+            + ("." if r.pooling is not None else " and one output token."),
             limit=limit,
             hint=f"Shorten the prompt to {limit} tokens.",
             param="prompt",

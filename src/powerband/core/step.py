@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from powerband.core.params import SamplingParams
+from powerband.core.params import PoolingParams, SamplingParams
 
 
 class FinishReason(str, Enum):
@@ -32,6 +32,8 @@ class NewRequest:
     num_prompt_tokens: int
     params: SamplingParams
     rope_length: int = 0  # its keys are rotated by at least this length (spec.rope.rope_length)
+    adapter: str = ""  # digest of its adapter; "": none
+    pooling: PoolingParams | None = None  # its last work yields a vector, and no token
 
 
 @dataclass(slots=True)
@@ -40,7 +42,8 @@ class Work:
 
     Input token of position p is known to the executor: from `NewRequest.token_ids`, or because the executor
     sampled it itself (it remembers what it sampled for a request), or it is one of `drafts` (the last
-    len(drafts) positions). If `samples`, the last position (with drafts: the last 1 + len(drafts)) yields tokens.
+    len(drafts) positions). If `samples`, the last position (with drafts: the last 1 + len(drafts)) yields tokens, or
+    the prompt's vector if that is what its request asks for.
     """
 
     id: str
@@ -98,6 +101,7 @@ class StepResult:
     # Rows of positions start+1 .. start+num_tokens that lie in the prompt (position 0 has none).
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     failed: dict[str, ErrorInfo] = field(default_factory=dict)
+    vectors: dict[str, bytes] = field(default_factory=dict)  # of pooled prompts: float32 in native byte order
     complete: set[str] = field(default_factory=set)  # their grammars allow nothing after what `tokens` has
 
 
@@ -116,6 +120,7 @@ class TokenOutput:
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when first scheduled
     num_preemptions: int = 0
     scheduled_s: float = 0.0  # when first scheduled (queue time = scheduled_s - arrival_s)
+    vector: bytes | None = None  # of a pooled prompt: float32 in native byte order
 
 
 @dataclass(slots=True)

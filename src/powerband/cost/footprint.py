@@ -57,6 +57,16 @@ def activation_bytes(spec: ModelSpec, *, tokens: int, dtype: str) -> int:
     return tokens * (alive + max(parts))
 
 
+def adapter_bytes(spec: ModelSpec, *, rank: int, dtype: str) -> int:
+    """A LoRA adapter of all projections of attention and dense MLPs: A [rank, in] and B [out, rank]."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    attention = (3 * hidden + queries + 2 * keys) + (queries + hidden)
+    mlp = (2 * hidden + 2 * inner) + (inner + hidden)
+    num_dense = sum(layer.num_experts == 0 for layer in spec.layers)
+    return rank * (spec.num_layers * attention + num_dense * mlp) * dtype_bytes(dtype)
+
+
 def sampling_bytes(spec: ModelSpec, *, rows: int, dtype: str) -> int:
     """Logits of `rows` positions, twice (four times with a soft cap), and the working memory of sampling.
 
@@ -78,6 +88,9 @@ def attention_bytes(
     times. Decodes read the keys and values of their contexts, `kv_tokens` in all, and hold scores and weights.
     `in_place`: kernels read the cache where it is and keep a partial result of each split of each decode.
     """
+    if spec.encoder is not None:
+        # Padded queries, keys and values, what attention makes of them, and scores where they are held in memory.
+        return tokens * round(_PADDING * (4 * spec.hidden_size + spec.num_heads * max_len) * dtype_bytes(dtype))
     if in_place:
         return rows * spec.num_heads * _DECODE_SPLITS * (spec.head_dim + 2) * 4
     size, per_token = dtype_bytes(dtype), kv_bytes_per_token_per_layer(spec, dtype)

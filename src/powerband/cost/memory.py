@@ -27,12 +27,14 @@ class MemoryPlan:
     kv_dtype: str
     device_memory_bytes: int
     available_bytes: int  # that the engine may use
-    parts: Mapping[str, int]  # bytes by name: weights, kv_cache, activations, attention, sampling, runtime
+    parts: Mapping[str, int]  # bytes by name: weights, adapters, kv_cache, activations, attention, sampling, runtime
     num_blocks: int
     block_size: int
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_loras: int = 0
+    max_lora_rank: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -74,6 +76,7 @@ class MemoryPlan:
         """
         found = measured or {}
         details = {
+            "adapters": f" ({self.max_loras} of rank {self.max_lora_rank})",
             "kv_cache": f" ({self.num_blocks} blocks, {self.kv_tokens} tokens)",
             "activations": f" ({self.max_num_batched_tokens} tokens)",
             "sampling": f" ({min(self.max_num_seqs, self.max_num_batched_tokens)} rows)",
@@ -114,10 +117,14 @@ def plan_memory(
             hint=f"Use {spec.max_position} or less, or leave it out.",
             param="max_model_len",
         )
+    if spec.encoder is not None:
+        _check_encoder(settings)
     dtype = dtype or (settings.dtype if settings.dtype != "auto" else _stored_precision_text(spec, settings))
     sizing = Sizing(spec, settings, kind, dtype, device_memory_bytes, free)
     blocks = sizing.chosen_blocks()
     max_len = min(sizing.requested_len, blocks * settings.block_size)
+    if spec.encoder is not None:
+        max_len = min(max_len, settings.max_num_batched_tokens)
     too_short = settings.max_model_len is not None and max_len < settings.max_model_len
     if blocks < 1 or blocks > sizing.max_blocks() or too_short:
         raise explain_out_of_memory(sizing)
@@ -134,8 +141,25 @@ def plan_memory(
         max_model_len=max_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_loras=settings.adapter_slots,
+        max_lora_rank=settings.max_lora_rank,
         notes=_notes(sizing, max_len),
     )
+
+
+def _check_encoder(settings: EngineSettings) -> None:
+    """An encoder has no KV cache, and computes a text in one step."""
+    if settings.kv_cache_memory is not None:
+        raise UsageError(
+            "kv_cache_memory is set, but an encoder has no KV cache.", hint="Leave it out.", param="kv_cache_memory"
+        )
+    if (settings.max_model_len or 0) > settings.max_num_batched_tokens:
+        raise UsageError(
+            f"max_model_len is {settings.max_model_len}, but an encoder computes a text in one step, and "
+            f"max_num_batched_tokens is {settings.max_num_batched_tokens}.",
+            hint="Raise max_num_batched_tokens.",
+            param="max_num_batched_tokens",
+        )
 
 
 def _stored_precision_text(spec: ModelSpec, settings: EngineSettings) -> str:

@@ -123,6 +123,9 @@ def _smaller(sizing: Sizing) -> list[tuple[str, Sizing]]:
         for precision in ("int8", "int4"):
             quantized = replace(sizing, settings=replace(settings, quantization=precision), dtype="bfloat16")
             changes.append((f"--quantization {precision}", quantized))
+    if settings.adapter_slots > max(len(settings.lora), 1):
+        fewer = replace(settings, max_loras=max(len(settings.lora), 1))
+        changes.append((f"--max-loras {fewer.max_loras}", replace(sizing, settings=fewer)))
     if settings.max_num_batched_tokens > _SMALL_BUDGET:
         fewer = replace(settings, max_num_batched_tokens=_SMALL_BUDGET)
         changes.append((f"--max-num-batched-tokens {_SMALL_BUDGET}", replace(sizing, settings=fewer)))

@@ -66,7 +66,7 @@ def weight_precisions(
             hint="Leave --dtype out.",
             param="dtype",
         )
-    head: Literal["none", "int8"] = "int8" if settings.quantize_head else "none"
+    head: Literal["none", "int8"] = "int8" if settings.quantize_head and spec.generates else "none"
     if stored is None:
         return WeightPrecisions("int4" if asked == "int4" else "int8", head)
     layers: Literal["int8", "int4"] = "int8" if stored.bits == 8 else "int4"

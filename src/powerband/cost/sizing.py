@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from powerband.cost.footprint import activation_bytes, attention_bytes, runtime_bytes, sampling_bytes
+from powerband.cost.footprint import (
+    activation_bytes,
+    adapter_bytes,
+    attention_bytes,
+    runtime_bytes,
+    sampling_bytes,
+)
 from powerband.cost.precision import kv_dtype, weight_precisions
 from powerband.spec.checkpoint.quantization import WeightPrecisions
 from powerband.spec.model.counts import kv_bytes_per_token, parameter_bytes
@@ -14,6 +20,7 @@ from powerband.spec.settings import EngineSettings, memory_bytes
 
 LABELS = {
     "weights": "weights",
+    "adapters": "LoRA adapters",
     "kv_cache": "KV cache",
     "activations": "activations",
     "attention": "attention workspace",
@@ -85,8 +92,11 @@ class Sizing:
         max_len = min(self.requested_len, kv_tokens)
         tokens = settings.max_num_batched_tokens
         rows = min(settings.max_num_seqs, tokens)
+        slots = settings.adapter_slots
+        adapters = {"adapters": slots * adapter_bytes(spec, rank=settings.max_lora_rank, dtype=dtype)} if slots else {}
         return {
             "weights": parameter_bytes(spec, dtype, self.held),
+            **adapters,
             "kv_cache": num_blocks * self.block_bytes,
             "activations": activation_bytes(spec, tokens=tokens, dtype=dtype),
             "attention": attention_bytes(
@@ -98,15 +108,22 @@ class Sizing:
                 kv_tokens=kv_tokens,
                 dtype=dtype,
             ),
-            "sampling": sampling_bytes(spec, rows=rows, dtype=dtype),
+            "sampling": sampling_bytes(spec, rows=rows, dtype=dtype) if spec.generates else 0,
             "runtime": runtime_bytes(spec, kind=kind, graphs=not settings.enforce_eager, max_len=max_len, dtype=dtype),
         }
 
     def total(self, num_blocks: int) -> int:
         return sum(self.parts(num_blocks).values())
 
+    @property
+    def _encoder_blocks(self) -> int:
+        """Blocks of two steps' texts, which take no memory: with them the scheduler counts what is on its way."""
+        return 2 * (self.blocks_for(self.settings.max_num_batched_tokens) + self.settings.max_num_seqs)
+
     def max_blocks(self) -> int:
         """The most blocks with which everything fits into what is available; 0 when not even one does."""
+        if self.spec.encoder is not None:
+            return self._encoder_blocks if self.total(0) <= self.available else 0
         low, high = 0, self.available // self.block_bytes + 1
         while high - low > 1:
             middle = (low + high) // 2
@@ -118,6 +135,8 @@ class Sizing:
 
     def chosen_blocks(self) -> int:
         """Blocks by the user's word, else the device's default. The former may be more than fit."""
+        if self.spec.encoder is not None:
+            return self._encoder_blocks
         if self.settings.kv_cache_memory is not None:
             return memory_bytes(self.settings.kv_cache_memory) // self.block_bytes
         limit = self.max_blocks()

@@ -27,13 +27,14 @@ from powerband.cost.precision import auto_dtype
 from powerband.cost.sizing import readable
 from powerband.cost.step_log import RunConfiguration
 from powerband.engine.attention import BackendSelection, choose_backend
-from powerband.engine.client.messages import EngineInfo
+from powerband.engine.client.messages import AdapterInfo, EngineInfo
 from powerband.engine.device_estimates import DeviceEstimates, find_device_estimates
 from powerband.engine.executor.cuda_graphs import MAX_ROWS, can_capture
 from powerband.engine.executor.local import ExecutorConfig, Progress, TorchExecutor, device_name
 from powerband.engine.grammar_inbox import GrammarInbox
 from powerband.engine.kernels.cpu.library import FAST_TIERS, load_with_progress
 from powerband.engine.kernels.cpu.library import Status as KernelStatus
+from powerband.engine.lora.registry import AdapterRegistry
 from powerband.engine.model_loader.generation_config import end_token_ids, sampling_defaults
 from powerband.engine.model_loader.weights import resolve_model
 from powerband.engine.residuals import Residuals
@@ -41,7 +42,7 @@ from powerband.engine.step_log import StepLog
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.hardware.device import Device, detect_cpu
 from powerband.spec.model.model_spec import ModelSpec
-from powerband.spec.model.reader import read_model_spec
+from powerband.spec.model.reader import converted, read_model_spec
 from powerband.spec.settings import EngineSettings
 from powerband.structured.compiled import Grammars
 from powerband.structured.tokens import grammar_tokens
@@ -65,6 +66,7 @@ class Engine:
     spec: ModelSpec
     settings: EngineSettings  # with every "auto" and default that depends on model or machine filled in
     executor: TorchExecutor
+    adapters: AdapterRegistry
     scheduler: Scheduler
     memory: MemoryPlan
     form: RunConfiguration
@@ -91,7 +93,7 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     stopwatch = _Stopwatch()
     on_progress("resolve", 0.0)
     folder = resolve_model(settings)
-    spec = read_model_spec(folder)
+    spec = converted(read_model_spec(folder), settings.convert)
     defaults = sampling_defaults(settings, folder)
     _check_quantization(spec, folder)
     stopwatch.lap("resolve")
@@ -113,6 +115,8 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
         block_size=settings.block_size,
         head_dim=spec.head_dim,
     )
+    if spec.encoder is not None:
+        choice = BackendSelection("reference", "an encoder attends to whole texts, in plain torch")
     _check_kv_cache(settings, choice)
     memory = _plan(spec, replace(settings, attention_backend=choice.name), device, cpu, dtype)
     stopwatch.lap("plan")
@@ -122,23 +126,49 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     grammars = Grammars(partial(_grammar_tokens, settings, spec, folder))
     config = _executor_config(settings, spec, folder, device, choice, memory, kernels)
     executor = TorchExecutor(config, on_progress, grammars)
+    report = _start(executor, memory, stopwatch, on_progress)
+    estimates = find_device_estimates(form, spec, memory)
+    scheduler = _scheduler(settings, spec, memory, executor, estimates)
+    adapters = _adapters(settings, spec, executor, scheduler, on_progress)
+    if settings.lora:
+        stopwatch.lap("adapters")
+    report = replace(report, seconds=stopwatch.seconds)
+    residuals = Residuals(estimates.model) if estimates is not None else None
+    gate = GrammarInbox(inbox, grammars)
+    core = EngineCore(scheduler, executor, clock, gate, _all_of(step_log, residuals))
+    info = _info(settings, spec, folder, defaults, memory, report, choice, kernels, executor, adapters.infos())
+    info.refuses_late = estimates is not None
+    parts = (executor, adapters, scheduler, memory, form, residuals, report, step_log, grammars, gate)
+    return Engine(core, info, spec, settings, *parts)
+
+
+def _start(executor: TorchExecutor, memory: MemoryPlan, stopwatch: _Stopwatch, on_progress: Progress) -> DeviceReport:
     with _memory_errors(memory):
         report = executor.start()
         stopwatch.take(report.seconds)
         on_progress("kv_cache", 0.0)
         executor.init_kv_cache(memory.num_blocks)
     stopwatch.lap("kv_cache")
-    report = replace(report, seconds=stopwatch.seconds)
-    estimates = find_device_estimates(form, spec, memory)
-    scheduler = _scheduler(settings, spec, memory, executor, estimates)
-    residuals = Residuals(estimates.model) if estimates is not None else None
-    gate = GrammarInbox(inbox, grammars)
-    core = EngineCore(scheduler, executor, clock, gate, _all_of(step_log, residuals))
-    info = _info(settings, spec, folder, defaults, memory, report, choice, kernels, executor)
-    info.refuses_late = estimates is not None
-    return Engine(
-        core, info, spec, settings, executor, scheduler, memory, form, residuals, report, step_log, grammars, gate
+    return report
+
+
+def _adapters(
+    settings: EngineSettings, spec: ModelSpec, executor: TorchExecutor, scheduler: Scheduler, on_progress: Progress
+) -> AdapterRegistry:
+    """The settings' adapters, loaded. Raises as `AdapterRegistry.load`."""
+    held, device = executor.runner.adapters, executor.config.device
+    registry = AdapterRegistry(
+        spec,
+        settings,
+        held,
+        device,
+        kernels=executor.config.kernels,
+        in_use=lambda: {r.adapter for r in scheduler.requests.values()},
     )
+    for name, source in settings.adapters().items():
+        on_progress("adapters", len(registry.infos()) / len(settings.lora))
+        registry.load(name, source)
+    return registry
 
 
 def _grammar_tokens(settings: EngineSettings, spec: ModelSpec, folder: Path) -> LLTokenizer:
@@ -240,6 +270,7 @@ def _executor_config(
         overlap=bool(settings.async_scheduling),
         held=memory.held,
         weight_cache=settings.weight_cache == "auto",
+        adapters=settings.adapter_slots > 0,
         graph_rows=graph_rows(settings, device, choice),
     )
 
@@ -285,7 +316,9 @@ def _scheduler(
     executor: TorchExecutor,
     estimates: DeviceEstimates | None,
 ) -> Scheduler:
-    kv = KVCacheManager(memory.num_blocks, settings.block_size, prefix_caching=settings.enable_prefix_caching)
+    kv = KVCacheManager(
+        memory.num_blocks, settings.block_size, prefix_caching=settings.enable_prefix_caching and spec.encoder is None
+    )
     limits = SchedulerLimits(
         max_model_len=memory.max_model_len,
         max_num_seqs=settings.max_num_seqs,
@@ -296,7 +329,16 @@ def _scheduler(
     )
     estimate_s = estimates.first_token(settings.max_num_batched_tokens) if estimates is not None else None
     policy = make_policy(settings.scheduling_policy, kv)
-    return Scheduler(kv, limits, policy=policy, relay=executor.relay, estimate_s=estimate_s, rope=spec.length_rope)
+    return Scheduler(
+        kv,
+        limits,
+        policy=policy,
+        relay=executor.relay,
+        estimate_s=estimate_s,
+        rope=spec.length_rope,
+        whole_prompts=spec.encoder is not None,
+        pools_every_position=spec.pooling is not None and spec.pooling.needs_every_position,
+    )
 
 
 def _info(
@@ -309,8 +351,9 @@ def _info(
     choice: BackendSelection,
     kernels: KernelStatus,
     executor: TorchExecutor,
+    adapters: list[AdapterInfo],
 ) -> EngineInfo:
-    measured = {"weights": report.weights_bytes}
+    measured = {"weights": report.weights_bytes, "adapters": sum(one.memory_bytes for one in adapters)}
     if (resident := _resident_bytes(executor.config.device)) is not None:
         measured["total"] = resident
     phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.seconds.items())
@@ -340,6 +383,9 @@ def _info(
         dtype=settings.dtype,
         summary=summary,
         config=asdict(settings),
+        adapters=adapters,
+        generates=spec.generates,
+        pooling=spec.pooling,
     )
 
 

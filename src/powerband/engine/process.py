@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +32,7 @@ from powerband.engine.client import messages
 from powerband.engine.client.messages import (
     OUTPUTS_SOCKET,
     REQUESTS_SOCKET,
+    AdapterInfo,
     EngineInfo,
     Failed,
     FromEngine,
@@ -51,9 +53,18 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.25
 _EXIT_GRACE_S = 2.0
+_SLOW_METHOD_POLL_S = 0.01  # while one runs, an idle engine looks so often whether it is done
 _MAX_COMMANDS = 64  # taken in between two steps
 
 Progress = Callable[[str, float], None]
+
+
+class LoadedAdapters(Protocol):
+    """The LoRA adapters of an engine, as AdapterRegistry has them."""
+
+    def begin_load(self, name: str, source: str, replace: bool = False) -> Callable[[], AdapterInfo]: ...
+    def remove(self, name: str) -> AdapterInfo: ...
+    def release(self) -> None: ...
 
 
 class Built(Protocol):
@@ -62,6 +73,8 @@ class Built(Protocol):
     core: EngineCore
     info: EngineInfo
 
+    @property
+    def adapters(self) -> LoadedAdapters: ...
     @property
     def residuals(self) -> Residuals | None: ...
 
@@ -126,6 +139,10 @@ class SocketInbox:
         self._writer = writer
         self._commands: deque[Iterator[Command]] = deque()  # of messages that were read, in their order
         self.methods: dict[str, Callable[..., Any]] = {}
+        # These take long: they run in a thread, and return what finishes the work in the loop.
+        self.slow_methods: dict[str, Callable[..., Callable[[], Any]]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="slow-methods")
+        self._running: deque[tuple[messages.MethodCall, Future[Callable[[], Any]]]] = deque()
         self.idle: Callable[[], None] = lambda: None
         self.administered: Callable[[], None] = lambda: None
 
@@ -133,6 +150,8 @@ class SocketInbox:
         """At most `_MAX_COMMANDS`, so that running requests advance; the rest comes with the next steps."""
         self._status.touch(busy=True)
         commands: list[Command] = []
+        while self._running and self._running[0][1].done():
+            commands.append(self._finishing(*self._running.popleft()))
         while len(commands) < _MAX_COMMANDS:
             if self._commands:
                 commands += islice(self._commands[0], _MAX_COMMANDS - len(commands))
@@ -152,7 +171,7 @@ class SocketInbox:
             return
         self._status.touch(busy=False)
         self.idle()
-        self._socket.poll(int(1000 * HEARTBEAT_S))
+        self._socket.poll(int(1000 * (_SLOW_METHOD_POLL_S if self._running else HEARTBEAT_S)))
 
     def _read(self, data: bytes) -> Iterator[Command]:
         message = self._codec.decode(data)
@@ -161,21 +180,34 @@ class SocketInbox:
                 return map(Add, message.requests())
             case messages.AbortRequests(ids):
                 return iter([Abort(id, FinishReason.ABORT) for id in ids])
+            case messages.MethodCall() if message.method in self.slow_methods:
+                future = self._thread.submit(self.slow_methods[message.method], **message.kwargs)
+                self._running.append((message, future))
+                return iter(())
             case messages.MethodCall():
                 return iter([Call(lambda: self._answer(message))])
         self._status.num_malformed = self._codec.num_malformed
         logger.warning("Dropped %d bytes on the requests' socket that are not a valid message.", len(data))
         return iter(())
 
+    def _finishing(self, call: messages.MethodCall, future: Future[Callable[[], Any]]) -> Call:
+        return Call(lambda: self._send_result(call, lambda: future.result()()))
+
     def _answer(self, call: messages.MethodCall) -> None:
-        result = messages.CallResult(call.call_id)
-        try:
+        def run() -> Any:
             method = self.methods.get(call.method)
             if method is None:
                 raise UsageError(
                     f"The engine has no method '{call.method}'.", hint=f"It has {', '.join(self.methods)}."
                 )
-            result.value = method(**call.kwargs)
+            return method(**call.kwargs)
+
+        self._send_result(call, run)
+
+    def _send_result(self, call: messages.MethodCall, run: Callable[[], Any]) -> None:
+        result = messages.CallResult(call.call_id)
+        try:
+            result.value = run()
             self.administered()  # no heartbeat after the answer carries older stats
         except Exception as error:  # the caller gets it as the answer
             result.error = error_info(error)
@@ -211,7 +243,9 @@ def main(build: Build = _build_engine) -> int:
             "resume": scheduler.resume,
             "reset_prefix_cache": scheduler.reset_prefix_cache,
             "stats": scheduler.stats,
+            "unload_adapter": engine.adapters.remove,
         }
+        inbox.slow_methods = {"load_adapter": engine.adapters.begin_load}
         _freeze_gc()
         status.stats = scheduler.stats()
         threading.Thread(target=_send_heartbeats, args=(context, folder, status), daemon=True, name="heartbeat").start()
@@ -243,6 +277,7 @@ def _serve(engine: Built, inbox: SocketInbox, status: LoopStatus, writer: Socket
         nonlocal published_s
         published_s = time.monotonic()
         status.stats = core.scheduler.stats()
+        engine.adapters.release()
 
     def publish_idle() -> None:
         nonlocal idle_published

@@ -127,7 +127,12 @@ POWERBAND = EngineAdapter(
         "output_tokens": (b"powerband_generation_tokens_total",),
     },
     histograms={"ttft": b"powerband_ttft_seconds", "queue": b"powerband_queue_seconds"},
-    endpoints=frozenset(("/v1/responses", "/v1/messages", "/v1/messages/count_tokens")),
+    endpoints=frozenset(
+        (
+            *("/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
+            *("/v1/embeddings", "/v1/score", "/score", "/v1/rerank", "/rerank", "/v2/rerank"),
+        )
+    ),
     supports_n=True,
     returns_token_ids=True,
     tenant_fields=_tenant_fields,

@@ -49,7 +49,7 @@ _COUNTERS = {
     "num_preemptions": ("preemptions", "num_preemptions", "Requests put back to make room in the KV cache"),
     "prefix_queries": ("prefix_cache_queries", "prefix_cache_queries", "Prompt tokens looked up"),
     "prefix_hits": ("prefix_cache_hits", "prefix_cache_hits", "Prompt tokens found in the prefix cache"),
-    "prompt_tokens": ("prompt_tokens", "prompt_tokens", "Prompt tokens of requests that got a first token"),
+    "prompt_tokens": ("prompt_tokens", "prompt_tokens", "Prompt tokens of requests that got a first token or a vector"),
     "generation_tokens": ("generation_tokens", "generation_tokens", "Output tokens"),
 }
 
@@ -132,6 +132,17 @@ class EngineMetrics(Collector):
             if record.chunk_times_s:
                 self._observe("prefill_seconds", record.chunk_times_s[0] - first_scheduled_s)
                 self._observe("decode_seconds", record.chunk_times_s[-1] - record.chunk_times_s[0])
+
+    def observe_pooled(
+        self, *, num_tokens: int, e2e_s: float | None, queue_s: float | None, finished_reason: str
+    ) -> None:
+        """A request is over whose prompt was pooled. e2e_s: until its vector was there; None: it never was."""
+        self._finished[finished_reason if finished_reason in self._finished else "error"] += 1
+        self._observe("e2e_seconds", e2e_s)
+        self._observe("queue_seconds", queue_s)
+        self._observe("request_prompt_tokens", num_tokens)
+        if e2e_s is not None:
+            self._counters["prompt_tokens"] += num_tokens
 
     def observe_rejection(self, code: str) -> None:
         """A request was refused before it ran; `code` is the error's."""

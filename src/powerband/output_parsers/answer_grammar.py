@@ -23,7 +23,7 @@ def answer_grammar(
     rules: CallRules | None,
     form: str,
     token_id: Callable[[str], int | None],
-    compile: Compile,
+    compile_form: Compile,
 ) -> str:
     """form: the grammar of structured output; "": any text. Returns "" where nothing has to be constrained.
 
@@ -35,7 +35,7 @@ def answer_grammar(
     place = {"grammar": "response_format" if rules is None else "tools"}
 
     def compiled(rules: CallRules | None) -> str:
-        return compile(StructuredOutputsParams(grammar=format.grammar(prompt, rules, token_id, form)), place)
+        return compile_form(StructuredOutputsParams(grammar=format.grammar(prompt, rules, token_id, form)), place)
 
     try:
         return compiled(None if rules is None else with_enforced_schemas(rules))

@@ -138,6 +138,11 @@ class OutputFormat:
         )
 
     @property
+    def writes_tools_in_text(self) -> bool:
+        """Whether tools are text of a message where the template does not write them."""
+        return self.tools == "gemma3"
+
+    @property
     def tags(self) -> set[str]:
         """Texts that the parsers look for, of which some are special tokens."""
         tags: set[str] = set()

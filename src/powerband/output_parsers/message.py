@@ -8,7 +8,7 @@ from powerband.openai.tools import FunctionCall, ToolCall
 from powerband.output_parsers.events import CallArguments, CallStart, Content, Event, Reasoning
 
 
-class Message:
+class ParsedMessage:
     def __init__(self, events: Iterable[Event] = ()) -> None:
         self._content: list[str] = []
         self._reasoning: list[str] = []

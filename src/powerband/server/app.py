@@ -11,7 +11,22 @@ from powerband.server.auth import BearerTokenMiddleware, server_key
 from powerband.server.messages.objects import InputTokens, MessageEvent, MessageObject
 from powerband.server.messages.requests import CountTokensRequest, MessagesRequest
 from powerband.server.openapi import Operation, describe
-from powerband.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from powerband.server.pooling.protocol import (
+    EmbeddingList,
+    EmbeddingRequest,
+    Ranking,
+    RerankRequest,
+    ScoreList,
+    ScoreRequest,
+)
+from powerband.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    LoadAdapterRequest,
+    TokenizeRequest,
+    UnloadAdapterRequest,
+)
 from powerband.server.replica import ServerState
 from powerband.server.replies import (
     AdminState,
@@ -24,17 +39,21 @@ from powerband.server.replies import (
     ModelCard,
     ModelList,
     Tokenized,
+    UnloadedAdapter,
     Version,
 )
 from powerband.server.responses.objects import InputTokenCount, ResponseEvent, ResponseObject
 from powerband.server.responses.requests import ResponsesRequest
+from powerband.server.routes.adapters import AdapterRoutes
 from powerband.server.routes.admin import AdminRoutes
 from powerband.server.routes.chat import ChatRoutes
 from powerband.server.routes.completions import CompletionRoutes
+from powerband.server.routes.embeddings import EmbeddingRoutes
 from powerband.server.routes.health import HealthRoutes
 from powerband.server.routes.messages import MessagesRoutes
 from powerband.server.routes.models import ModelRoutes
 from powerband.server.routes.responses import ResponsesRoutes
+from powerband.server.routes.scores import ScoreRoutes
 from powerband.server.routes.tokens import TokenRoutes
 from powerband.web.access import allow_pages
 from powerband.web.anthropic import AnthropicErrorsMiddleware
@@ -53,12 +72,14 @@ def operations(replica: ServerState) -> list[Operation]:
     return [
         *_openai(replica),
         *_anthropic(replica),
+        *_pooling(replica),
         Operation("POST", "/tokenize", tokens.tokenize, "Text to token ids", Tokenized, TokenizeRequest, None, _TAKEN),
         Operation(
             "POST", "/detokenize", tokens.detokenize, "Token ids to text", Detokenized, DetokenizeRequest, None, _TAKEN
         ),
-        Operation("GET", "/v1/models", models.models, "The served model", ModelList, errors=(503,)),
-        Operation("GET", "/v1/models/{name:path}", models.model, "One served model", ModelCard, errors=(404, 503)),
+        Operation("GET", "/v1/models", models.models, "The model and its adapters", ModelList, errors=(503,)),
+        Operation("GET", "/v1/models/{name:path}", models.model, "One of them", ModelCard, errors=(404, 503)),
+        *_administering_adapters(AdapterRoutes(replica)),
         Operation("GET", "/version", models.version, "The server's version", Version),
         Operation("GET", "/livez", health.live, "Is the process there?", Health),
         Operation("GET", "/startupz", health.started, "Has the engine started?", Health, errors=(503,)),
@@ -74,6 +95,23 @@ def operations(replica: ServerState) -> list[Operation]:
                 ("resume", admin.resume, "End pause and drain"),
                 ("reset_prefix_cache", admin.reset_prefix_cache, "Forget cached prefixes"),
             )
+        ),
+    ]
+
+
+def _administering_adapters(adapters: AdapterRoutes) -> list[Operation]:
+    load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+    return [
+        Operation("POST", load, adapters.load, "Load a LoRA adapter", ModelCard, LoadAdapterRequest, None, _TAKEN),
+        Operation(
+            "POST",
+            unload,
+            adapters.unload,
+            "Unload a LoRA adapter",
+            UnloadedAdapter,
+            UnloadAdapterRequest,
+            None,
+            _TAKEN,
         ),
     ]
 
@@ -159,6 +197,23 @@ _ELSEWHERE = dict.fromkeys(
     ),
     "This is a replica. Keys, limits, usage and routes are managed at a gateway (powerband gateway).",
 )
+
+
+def _pooling(replica: ServerState) -> list[Operation]:
+    embeddings, scores = EmbeddingRoutes(replica), ScoreRoutes(replica)
+    return [
+        Operation(
+            "POST", "/v1/embeddings", embeddings.create, "Embed texts", EmbeddingList, EmbeddingRequest, None, _WORK
+        ),
+        *(
+            Operation("POST", path, scores.score, "Score pairs of texts", ScoreList, ScoreRequest, None, _WORK)
+            for path in ("/v1/score", "/score")
+        ),
+        *(
+            Operation("POST", path, scores.rerank, "Rank documents by a query", Ranking, RerankRequest, None, _WORK)
+            for path in ("/v1/rerank", "/v2/rerank", "/rerank")
+        ),
+    ]
 
 
 def make_app(replica: ServerState) -> ASGIApp:

@@ -17,8 +17,11 @@ from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any
 
+import msgspec
+
 from powerband.errors import InvalidRequest
 from powerband.openai.fields import PROMPT_PATHS
+from powerband.openai.tools import FunctionCall, FunctionDefinition, Tool, ToolCall
 from powerband.server.protocol import (
     ALWAYS_ASKS,
     IGNORED,
@@ -28,6 +31,7 @@ from powerband.server.protocol import (
     NOT_SUPPORTED,
     OWN_FIELDS,
     PART_IGNORED,
+    TOOL_IGNORED,
     ContentPart,
     Message,
     Missing,
@@ -71,6 +75,9 @@ class Amendment:
             for index, message in enumerate(messages):
                 if isinstance(message, dict):
                     self._amend_message(message, ("messages", index))
+        if "tools" in _names(self._kind) and isinstance(tools := body.get("tools"), list):
+            for index, tool in enumerate(tools):
+                self._check_items(tool, Tool, FunctionDefinition, ("tools", index), "tools.")
         return body
 
     def _amend_values(self, body: dict[str, Any]) -> None:
@@ -92,6 +99,9 @@ class Amendment:
             for name in _REASONING_NAMES:
                 _move_reasoning(message, message.get(name), name)
         self._check_fields(message, Message, path, "messages.", MESSAGE_NOT_SUPPORTED, MESSAGE_IGNORED)
+        if isinstance(calls := message.get("tool_calls"), list):
+            for index, call in enumerate(calls):
+                self._amend_call(call, (*path, "tool_calls", index))
         content = message.get("content")
         if content == []:
             message["content"] = ""
@@ -99,6 +109,24 @@ class Amendment:
             for index, part in enumerate(content):
                 if isinstance(part, dict):
                     content[index] = self._amended_part(message, part, (*path, "content", index))
+
+    def _amend_call(self, call: Any, path: Path) -> None:
+        """Ollama's have no id, and arguments as they are."""
+        if not isinstance(call, dict):
+            return
+        self._check_items(call, ToolCall, FunctionCall, path, "messages.tool_calls.")
+        call.setdefault("id", f"call_{path[1]}_{path[-1]}")
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
+            function["arguments"] = msgspec.json.encode(function["arguments"]).decode()
+
+    def _check_items(self, item: Any, kind: Any, function_kind: Any, path: Path, place: str) -> None:
+        """A tool, or a call of one."""
+        if not isinstance(item, dict) or item.get("type", "function") != "function":
+            return
+        self._check_fields(item, kind, path, place, {}, TOOL_IGNORED)
+        if isinstance(function := item.get("function"), dict):
+            self._check_fields(function, function_kind, (*path, "function"), f"{place}function.", {}, TOOL_IGNORED)
 
     def _amended_part(self, message: dict[str, Any], part: dict[str, Any], path: Path) -> dict[str, Any]:
         kind = part.get("type")

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from powerband.openai.errors import ErrorBody
 from powerband.server.auth import OPEN_PATHS
+from powerband.server.pooling.protocol import INPUT_SCHEMA, EmbeddingRequest
 from powerband.server.protocol import PROMPT_SCHEMA, CompletionRequest
 
 
@@ -37,6 +38,7 @@ def describe(operations: Sequence[Operation], *, needs_key: bool) -> dict[str, A
     unique = list(dict.fromkeys([*types, ErrorBody]))
     schemas, components = msgspec.json.schema_components(unique, ref_template="#/components/schemas/{name}")
     components[CompletionRequest.__name__]["properties"]["prompt"] = PROMPT_SCHEMA
+    components[EmbeddingRequest.__name__]["properties"]["input"] = INPUT_SCHEMA
     schema_of = dict(zip(unique, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:

@@ -26,6 +26,7 @@ from powerband.core.params import (
 )
 from powerband.core.structured_outputs import MAX_CHOICES
 from powerband.openai.tools import MAX_TOOL_CALLS, MAX_TOOLS, Tool, ToolCall, ToolChoice
+from powerband.spec.settings import MAX_ADAPTER_NAME
 
 MAX_PROMPTS = 64
 MAX_MESSAGES = 4096
@@ -132,7 +133,7 @@ class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
 class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What requests that generate have in common in every API. null means the default, everywhere."""
 
-    model: Annotated[str | None, Meta(description="Name of the served model; default: the only one there is")] = None
+    model: Annotated[str | None, Meta(description="Name of the served model, its default, or of an adapter")] = None
     stream: bool | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_p: Probability | None = None
@@ -268,6 +269,17 @@ class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     chat_template_kwargs: Annotated[dict[str, TemplateValue], Meta(max_length=64)] | None = None
 
 
+class LoadAdapterRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    lora_name: Annotated[str, Meta(min_length=1, max_length=MAX_ADAPTER_NAME, description="What requests call it")]
+    lora_path: Annotated[str, Meta(min_length=1, max_length=4096, description="A folder here, or a Hugging Face id")]
+    load_inplace: Annotated[bool, Meta(description="Give it a name that is in use")] | None = None
+
+
+class UnloadAdapterRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    lora_name: Annotated[str, Meta(min_length=1, max_length=MAX_ADAPTER_NAME)]
+    lora_int_id: Annotated[int, Meta(description="No effect: the name says which")] | None = None
+
+
 class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Body of /detokenize."""
 
@@ -331,6 +343,8 @@ NOT_SUPPORTED: Mapping[str, Missing] = {
     "return_prompt_text": Missing("The rendered prompt is", instead="Send it to /tokenize."),
     "repetition_detection": Missing("Ending an output that repeats itself is"),
     "truncation_side": Missing("Truncation at this side is", neutral=("left",)),
+    "lora_path": Missing("An adapter's path in a request is", instead="Name a loaded adapter as 'model'."),
+    "lora": Missing("Scaling of adapters in a request is", instead="Name a loaded adapter as 'model'."),
     "min_new_tokens": Missing("This name is", neutral=(0,), instead="Use 'min_tokens'."),
     "max_new_tokens": Missing("This name is", instead="Use 'max_tokens'."),
     "n_predict": Missing("This name is", neutral=(-1,), instead="Use 'max_tokens'."),
@@ -345,7 +359,10 @@ NOT_SUPPORTED: Mapping[str, Missing] = {
 }
 # Of these, requests of the kinds that have such a field may ask for it.
 OWN_FIELDS = frozenset(
-    ("echo", "tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "thinking_token_budget")
+    (
+        *("echo", "documents", "lora_path", "tools", "tool_choice", "parallel_tool_calls"),
+        *("reasoning_effort", "thinking_token_budget"),
+    )
 )
 ALWAYS_ASKS = frozenset(("web_search_options",))  # {} asks for a search as it is done by default
 # Fields that clients of other servers send and that change nothing here: they are ignored, and the response says so.
@@ -381,6 +398,10 @@ MESSAGE_IGNORED = frozenset(
     )
 )
 PART_IGNORED = frozenset(("id", "annotations", "logprobs", "cache_control", "prompt_cache_breakpoint", "citations"))
+# Of tools and calls; `index` is what clients have that add deltas up.
+TOOL_IGNORED = frozenset(
+    ("index", "cache_control", "defer_loading", "allowed_callers", "extra_content", "thought_signature")
+)
 # Parts of a message that are no text, and what they are.
 MEDIA_PARTS = {
     **dict.fromkeys(("image_url", "input_image", "image", "image_pil", "image_embeds"), "Images are"),

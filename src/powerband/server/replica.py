@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -21,8 +21,10 @@ from powerband.errors import InvalidRequest, PowerbandError
 from powerband.folders import expand_user
 from powerband.metrics.prometheus import EngineMetrics
 from powerband.output_parsers.formats import OutputFormat
+from powerband.server.adapters import ServedAdapter, ServedAdapters
 from powerband.server.compatibility import Amendment
 from powerband.server.settings import ServerSettings
+from powerband.spec.model.pooling import PoolingSpec
 from powerband.spec.settings import EngineSettings
 from powerband.structured.compiler import GrammarCompiler
 from powerband.text.chat_template import ChatTemplate
@@ -40,6 +42,7 @@ _TEXT_THREADS = 4
 LARGE_TEXT_BYTES = 256 << 10
 HUGE_TEXT_BYTES = 1 << 20
 _MAX_LOGGED_FIELDS = 256
+_MAX_SHOWN_NAMES = 20
 
 
 @dataclass(slots=True)
@@ -75,6 +78,19 @@ class Model:
         return self.template
 
 
+_WANTED = {"embed": "embeddings", "score": "scores"}
+
+
+def _embeds(info: EngineInfo) -> bool:
+    return info.pooling is not None and info.pooling.task == "embed"
+
+
+def _gives(info: EngineInfo) -> str:
+    if info.pooling is None:
+        return "text"
+    return "embeddings" if _embeds(info) else "scores"
+
+
 class ServerState:
     """One engine and its API. Belongs to one event loop."""
 
@@ -96,7 +112,9 @@ class ServerState:
             on_heartbeat=self._on_heartbeat,
             on_step=self.metrics.observe_step,
             on_residual=self.metrics.observe_residual,
+            on_restart=self._on_restart,
         )
+        self.adapters = ServedAdapters()
         self.draining = False  # asked for by an operator, who may take it back
         self.ending = False  # asked for by a signal
         self.paused = False
@@ -127,6 +145,7 @@ class ServerState:
         template = None
         if tokenizer is not None:
             template = await self.in_thread(ChatTemplate.load, tokenizer, self.engine_settings.chat_template)
+        self.adapters.engine_started(info)
         info = info.with_end(tokenizer.eos_token_id if tokenizer is not None else None)
         settings, source = self.engine_settings, template.source if template is not None else ""
         grammars = None
@@ -182,17 +201,63 @@ class ServerState:
         return body
 
     def check_name(self, name: str | None) -> None:
-        if name is not None and name != self.name:
+        """Raise HttpError 404 unless it is the model's name, or that of an adapter."""
+        if name is not None:
+            self.adapter(name)
+
+    def adapter(self, name: str | None) -> ServedAdapter | None:
+        """The adapter of this name; None for the model itself. Raises HttpError 404 for other names."""
+        if name is None or name == self.name:
+            return None
+        adapter = self.adapters.find(name)
+        if adapter is None:
             raise HttpError(
                 404,
                 "model_not_found",
                 f"The model {name[:100]!r} does not exist.",
-                hint=f"This server has {self.name!r}.",
+                hint=f"This server has {self._names_shown()}.",
                 param="model",
             )
+        return adapter
+
+    def _names_shown(self) -> str:
+        names = [self.name, *(adapter.info.name for adapter in self.adapters.all())]
+        more = f" and {len(names) - _MAX_SHOWN_NAMES} others" if len(names) > _MAX_SHOWN_NAMES else ""
+        return ", ".join(map(repr, names[:_MAX_SHOWN_NAMES])) + more
 
     def accept(self) -> Model:
-        """The model, if new requests are accepted. Raises HttpError 503 while starting or draining."""
+        """The model, if new requests to generate are accepted.
+
+        Raises HttpError 503 while starting or draining, and 400 where the model does not generate.
+        """
+        model = self._open_model()
+        if not model.info.generates:
+            raise HttpError(
+                400,
+                "model_does_not_generate",
+                f"The model {self.name!r} gives {_gives(model.info)} and does not generate text.",
+                hint="Send it to /v1/embeddings." if _embeds(model.info) else "Send it to /v1/score or /v1/rerank.",
+                param="model",
+            )
+        return model
+
+    def accept_pooling(self, task: Literal["embed", "score"]) -> tuple[Model, PoolingSpec]:
+        """The model and how it pools, if new requests to embed or score are accepted. Raises as `accept`."""
+        model = self._open_model()
+        pooling = model.info.pooling
+        if pooling is None or (task == "embed" and pooling.task != "embed"):
+            raise HttpError(
+                400,
+                "model_does_not_embed",
+                f"The model {self.name!r} gives {_gives(model.info)}, and no {_WANTED[task]}.",
+                hint="Serve a checkpoint with sentence-transformers' modules.json, or start with --convert embed."
+                if pooling is None
+                else "Send it to /v1/score or /v1/rerank.",
+                param="model",
+            )
+        return model, pooling
+
+    def _open_model(self) -> Model:
         if self.draining or self.ending:
             raise HttpError(503, "draining", "This replica takes no new requests.", hint="Send it to another.")
         return self.model
@@ -251,6 +316,9 @@ class ServerState:
     def _on_phase(self, name: str, fraction: float) -> None:
         self._loading_s = self._loading_s or time.monotonic()
         self.phase = f"{name} {fraction:.0%}"
+
+    def _on_restart(self, info: EngineInfo) -> None:
+        self.adapters.engine_restarted(self.engine, info)
 
     def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
         self.paused = heartbeat.stats.paused

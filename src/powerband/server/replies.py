@@ -165,6 +165,13 @@ class ModelCard(msgspec.Struct, kw_only=True):
     created: int
     owned_by: str = "powerband"
     max_model_len: int
+    parent: str | None = None  # of an adapter: the model that it belongs to
+
+
+class UnloadedAdapter(msgspec.Struct, kw_only=True):
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
 
 
 class ModelList(msgspec.Struct, kw_only=True):

@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from powerband.errors import UsageError
 
 MEMORY_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+MAX_ADAPTER_NAME = 128
 MEMORY_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
@@ -64,6 +65,11 @@ class EngineSettings:
         "or a folder with another generation_config.json",
         group="Model",
     )
+    convert: Literal["auto", "embed"] = setting(
+        "auto",
+        "embed: a language model also gives embeddings: the last token, normalized; auto: as the checkpoint says",
+        group="Model",
+    )
     load_format: Literal["auto", "dummy"] = setting(
         "auto", "'dummy' fills the weights with random numbers", group="Model"
     )
@@ -85,6 +91,20 @@ class EngineSettings:
         None, "Maximum prompt plus output, in tokens; default: the model's own", group="Model", minimum=1
     )
     seed: int = setting(0, "Random seed for requests without one, and for dummy weights", group="Model", minimum=0)
+
+    lora: tuple[str, ...] = setting(
+        (), "LoRA adapter NAME=PATH, a folder or Hugging Face id as PEFT saves it; may be repeated", group="Adapters"
+    )
+    max_loras: int | None = setting(
+        None,
+        "Adapters that may be loaded at once; default: those of --lora; with more, others can be loaded while serving",
+        group="Adapters",
+        minimum=0,
+        maximum=4096,
+    )
+    max_lora_rank: int = setting(
+        16, "Maximum rank of an adapter; memory is kept for it", group="Adapters", minimum=1, maximum=256
+    )
 
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "Device to run on", group="Device")
     threads: int | None = setting(
@@ -143,6 +163,47 @@ class EngineSettings:
         check_values(self)
         if self.kv_cache_memory is not None:
             memory_bytes(self.kv_cache_memory)
+        self._check_adapters()
+
+    @property
+    def adapter_slots(self) -> int:
+        """Adapters that may be loaded at once, and that memory is kept for."""
+        return len(self.lora) if self.max_loras is None else self.max_loras
+
+    def adapters(self) -> dict[str, str]:
+        """The source of each adapter of `lora`, by name."""
+        return dict(_named_adapter(text) for text in self.lora)
+
+    def _check_adapters(self) -> None:
+        names = [name for name, _ in map(_named_adapter, self.lora)]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UsageError(f"lora has the name {twice!r} twice.", hint="Each needs its own.", param="lora")
+        served = self.served_model_name or self.model
+        if served in names:
+            raise UsageError(f"lora has the name {served!r}, which is the model's.", hint="Rename it.", param="lora")
+        if len(names) > self.adapter_slots:
+            raise UsageError(
+                f"lora names {len(names)} adapters, but max_loras is {self.max_loras}.",
+                hint=f"Use --max-loras {len(names)}, or leave it out.",
+                param="max_loras",
+            )
+
+
+def _named_adapter(text: str) -> tuple[str, str]:
+    """'NAME=PATH' in its two parts. Raises UsageError."""
+    name, separator, source = str(text).partition("=")
+    if not separator or not source or not is_adapter_name(name):
+        raise UsageError(
+            f"lora is {str(text)[:200]!r}; it must be NAME=PATH.",
+            hint=f"Such as --lora sql=/adapters/sql. A name has at most {MAX_ADAPTER_NAME} printable characters.",
+            param="lora",
+        )
+    return name, source
+
+
+def is_adapter_name(name: str) -> bool:
+    return 0 < len(name) <= MAX_ADAPTER_NAME and name.isprintable() and name == name.strip()
 
 
 def memory_bytes(text: str) -> int:
@@ -201,4 +262,10 @@ def _complaint(value: Any, declared: Any, metadata: Any) -> str:
     return ""
 
 
-KIND_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+KIND_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    tuple[str, ...]: "a list of texts",
+}

@@ -18,6 +18,7 @@ from powerband.structured.compiled import compile_grammar
 from powerband.structured.finite import endless_place
 from powerband.structured.json_schema import SchemaReader, children
 from powerband.structured.regex import portable
+from powerband.structured.structural_tag import StructuralTag
 from powerband.structured.trial import check_repeats, follow
 
 # Between the parts of JSON. A bound, since a model that has lost its way writes blank lines until it is cut off.
@@ -40,7 +41,10 @@ def grammar_of(outputs: StructuredOutputsParams, tokens: LLTokenizer, places: Pl
         raise InvalidRequest(f"'{place}' has {size} characters; the limit is {MAX_SPECIFICATION_BYTES}.", param=place)
     if outputs.kind in ("json", "json_object"):
         return _json_grammar({"type": "object"} if outputs.kind == "json_object" else value, outputs, tokens, place)
-    grammar = _MAKERS[outputs.kind](value, place)
+    if outputs.kind == "structural_tag":
+        grammar = _tag_grammar(value, outputs, place)
+    else:
+        grammar = _MAKERS[outputs.kind](value, place)
     try:
         if outputs.kind in ("regex", "grammar"):
             check_repeats(value)
@@ -50,8 +54,8 @@ def grammar_of(outputs: StructuredOutputsParams, tokens: LLTokenizer, places: Pl
     return grammar
 
 
-def json_text(schema: Any, outputs: StructuredOutputsParams) -> str:
-    """The grammar of a schema that was read."""
+def _json_options(outputs: StructuredOutputsParams) -> dict[str, Any]:
+    """How llguidance compiles a schema."""
     options: dict[str, Any] = {
         "whitespace_flexible": not outputs.disable_any_whitespace,
         "json_allowed_escapes": _ESCAPES,
@@ -60,13 +64,16 @@ def json_text(schema: Any, outputs: StructuredOutputsParams) -> str:
     }
     if not outputs.disable_any_whitespace:
         options["whitespace_pattern"] = outputs.whitespace_pattern or _WHITESPACE
-    made: str = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)  # type: ignore[arg-type]  # a TypedDict
-    return made
+    return options
 
 
-def _json_grammar(schema: Any, outputs: StructuredOutputsParams, tokens: LLTokenizer, place: str) -> str:
-    if isinstance(schema, str):
-        schema = _parsed(schema, place)
+def json_text(schema: Any, outputs: StructuredOutputsParams) -> str:
+    """The grammar of a schema that was read."""
+    return json.dumps({"grammars": [{"json_schema": {**schema, "x-guidance": _json_options(outputs)}}]})
+
+
+def read_schema(schema: Any, outputs: StructuredOutputsParams, place: str) -> dict[str, Any]:
+    """A schema as an object in the form that can be compiled. Raises InvalidRequest naming the place."""
     read = SchemaReader(place, closed=outputs.disable_additional_properties).read(schema)
     if isinstance(read, bool):
         if not read:
@@ -75,6 +82,21 @@ def _json_grammar(schema: Any, outputs: StructuredOutputsParams, tokens: LLToken
     endless = endless_place(read)
     if endless is not None:
         raise _bad(".".join((place, *endless)), "nothing satisfies it: it contains itself without end")
+    checked: dict[str, Any] = read
+    return checked
+
+
+def _tag_grammar(tag: Any, outputs: StructuredOutputsParams, place: str) -> str:
+    def json_rule(schema: Any, at: str) -> str:
+        return "%json " + json.dumps({**read_schema(schema, outputs, at), "x-guidance": _json_options(outputs)})
+
+    return StructuralTag(place, json_rule).write(_parsed(tag, place) if isinstance(tag, str) else tag)
+
+
+def _json_grammar(schema: Any, outputs: StructuredOutputsParams, tokens: LLTokenizer, place: str) -> str:
+    if isinstance(schema, str):
+        schema = _parsed(schema, place)
+    read = read_schema(schema, outputs, place)
     grammar = json_text(read, outputs)
     try:
         matcher = compile_grammar(tokens, grammar)

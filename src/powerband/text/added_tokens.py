@@ -183,11 +183,11 @@ def _checked(file: Path, read: Callable[[], Any]) -> Any:
 
 def read_table(file: Path) -> dict[str, Any]:
     """The table in a file; empty when there is none."""
-    if not file.is_file():
+    if not file.exists():
         return {}
     try:
         content = parse_json(read_bytes(file, "table of tokens", max_bytes=_MAX_BYTES))
-    except UsageError as error:
+    except (EnvironmentFault, UsageError) as error:
         raise EnvironmentFault(error.message, hint=error.hint, code="tokenizer_format") from error
     except ValueError as error:
         raise EnvironmentFault(

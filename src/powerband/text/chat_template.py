@@ -14,6 +14,7 @@ from powerband.documents import read_bytes
 from powerband.errors import EnvironmentFault, InvalidRequest, PowerbandError, UsageError
 from powerband.text.template_process import TemplateProcesses
 from powerband.text.tokenizer import Tokenizer
+from powerband.text.tool_messages import tools_as_text
 from powerband.worker_process import WorkerLimits
 
 _MAX_TEMPLATE_BYTES = 1 << 20
@@ -77,7 +78,7 @@ class ChatTemplate:
         cls, tokenizer: Tokenizer, file: str | Path | None = None, limits: WorkerLimits | None = None
     ) -> ChatTemplate | None:
         """The template in `file`, else the checkpoint's own. None when it has none."""
-        sources = {"default": _read(Path(file))} if file else _checkpoint_templates(tokenizer)
+        sources = {"default": _read(Path(file), allows_pipes=True)} if file else _checkpoint_templates(tokenizer)
         return cls(sources, tokenizer.special_tokens, limits) if sources else None
 
     def render(
@@ -88,11 +89,14 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        tools_in_text: bool = False,
     ) -> str:
         """The prompt as text; encode it with add_special_tokens=False, because templates write BOS themselves.
 
         Content is given to the template in a form that it reads: text, or parts. A "developer" is a "system" where the
         template does not know that role. A message of which nothing is in the prompt is an error.
+
+        tools_in_text: a template that does not write tools gets them, their calls and results as text of messages.
 
         Blocks for about 0.3 ms, at worst a little over the time limit: call it outside an event loop.
         Raises InvalidRequest (param "messages", "chat_template_kwargs", …).
@@ -103,6 +107,8 @@ class ChatTemplate:
                 hint="Set add_generation_prompt to false.",
                 param="continue_final_message",
             )
+        if tools_in_text and not self.writes_tools:
+            messages, tools = tools_as_text(messages, tools), None
         name = "tool_use" if tools and "tool_use" in self._sources else "default"
         reads = self._processes.reads[name]
         chat = [_plain_message(message, index, reads) for index, message in enumerate(messages)]
@@ -150,7 +156,7 @@ class ChatTemplate:
 def _checkpoint_templates(tokenizer: Tokenizer) -> dict[str, str]:
     """chat_template.jinja and additional_chat_templates/, else "chat_template" of tokenizer_config.json."""
     main = tokenizer.folder / "chat_template.jinja"
-    if main.is_file():
+    if main.exists():
         others = sorted(filter(Path.is_file, (tokenizer.folder / "additional_chat_templates").glob("*.jinja")))
         return {"default": _read(main)} | {file.stem: _read(file) for file in others}
     found = tokenizer.config.get("chat_template")
@@ -183,9 +189,9 @@ def _invalid(problem: str) -> EnvironmentFault:
     return EnvironmentFault(problem, hint="Give another with --chat-template FILE.", code="chat_template_invalid")
 
 
-def _read(file: Path) -> str:
+def _read(file: Path, *, allows_pipes: bool = False) -> str:
     try:
-        content = read_bytes(file, "chat template", max_bytes=_MAX_TEMPLATE_BYTES).decode()
+        content = read_bytes(file, "chat template", max_bytes=_MAX_TEMPLATE_BYTES, allows_pipes=allows_pipes).decode()
     except (EnvironmentFault, UsageError, UnicodeDecodeError) as error:
         reason = error.message if isinstance(error, PowerbandError) else f"{error}."
         raise EnvironmentFault(

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as RustTokenizer
 
 from powerband.documents import LFS_HINT, is_lfs_pointer
 from powerband.errors import EnvironmentFault, InvalidRequest
+from powerband.files import open_regular
 from powerband.text.added_tokens import CONFIG, TokenFiles, read_table, read_token_files
 from powerband.text.pieces import PieceRules, piece_rules
 from powerband.text.tokenizer_class import tokenizer_class
@@ -71,7 +73,7 @@ class Tokenizer:
         if not path.is_dir():
             path = _download(str(folder), revision)
         file = path / "tokenizer.json"
-        if not file.is_file():
+        if not file.exists():
             legacy = next((name for name in _LEGACY_FILES if (path / name).is_file()), None)
             if legacy is None:
                 return None
@@ -81,11 +83,17 @@ class Tokenizer:
                 f"T.from_pretrained('{path}').save_pretrained('{path}')\"",
                 code="tokenizer_format",
             )
-        with file.open("rb") as opened:
-            if is_lfs_pointer(opened.read(200)):
-                raise EnvironmentFault(
-                    f"{file} is a Git LFS pointer, not the file.", hint=LFS_HINT, code="tokenizer_format"
-                )
+        try:
+            with open_regular(file) as opened:
+                content = opened.read(200)
+        except OSError as error:
+            raise EnvironmentFault(
+                f"{file} cannot be read: {error.strerror}.", hint="Fetch the file again.", code="tokenizer_format"
+            ) from error
+        if is_lfs_pointer(content):
+            raise EnvironmentFault(
+                f"{file} is a Git LFS pointer, not the file.", hint=LFS_HINT, code="tokenizer_format"
+            )
         if (num_bytes := file.stat().st_size) > _MAX_FILE_BYTES:
             raise EnvironmentFault(
                 f"{file} has {num_bytes:,} bytes; the limit is {_MAX_FILE_BYTES:,}.", code="tokenizer_format"
@@ -105,17 +113,28 @@ class Tokenizer:
             ) from error
         return tokenizer
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, *, max_tokens: int | None = None) -> list[int]:
         """Token ids of `text`; with special tokens (usually BOS) as the post-processor of
-        tokenizer.json adds them; as in transformers, "add_bos_token" changes nothing beside that.
+        tokenizer.json adds them; as in transformers, "add_bos_token" changes nothing beside that. max_tokens: keep only
+        the first of the text's own, so that there are no more with the special ones.
 
         Takes up to 1 s per million characters, during which other threads run: bound the length before.
         Raises InvalidRequest.
         """
+        encoding = self._encoding(text, add_special_tokens)
+        if max_tokens is not None and len(encoding) > max_tokens:
+            encoding = self._cut(text, add_special_tokens, max_tokens)
+        ids: list[int] = encoding.ids
+        if len(text) >= _HUGE_TEXT_CHARS:
+            del encoding
+            _return_freed_memory()
+        return ids
+
+    def _encoding(self, text: str, add_special_tokens: bool = False) -> Encoding:
+        """Raises InvalidRequest."""
         try:
             # Unlike `encode`, it lets go of the interpreter's lock, and it does not note where tokens begin and end.
             [encoding] = self._rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-            ids: list[int] = encoding.ids
         except (UnicodeEncodeError, TypeError) as error:  # the library says "must be str"
             raise InvalidRequest(
                 "The text has half of a surrogate pair, which is not a character.",
@@ -129,10 +148,28 @@ class Tokenizer:
                 hint="Send other text, or token ids.",
                 code="tokenizer_failed",
             ) from error
-        if len(text) >= _HUGE_TEXT_CHARS:
-            del encoding
-            _return_freed_memory()
-        return ids
+        return encoding
+
+    def encode_pair(self, first: str, second: str, *, max_tokens: int | None = None) -> tuple[list[int], int | None]:
+        """Token ids of two texts as one, as the post-processor joins them, and where the second one's type begins.
+
+        None: the tokenizer has no types. max_tokens: the longer text loses its last tokens until there are no more, as
+        in transformers ("longest_first"). Otherwise as `encode`.
+        """
+        texts = [self._encoding(text) for text in (first, second)]
+        if max_tokens is not None:
+            room = max(max_tokens - self._rust.num_special_tokens_to_add(is_pair=True), 0)
+            for encoding, length in zip(texts, _shared_room([len(text) for text in texts], room), strict=True):
+                encoding.truncate(length)
+        joined = self._rust.post_process(texts[0], texts[1], add_special_tokens=True)
+        return joined.ids, joined.type_ids.index(1) if 1 in joined.type_ids else None
+
+    def _cut(self, text: str, add_special_tokens: bool, max_tokens: int) -> Encoding:
+        """As transformers truncates: the text's last tokens go, the special ones stay."""
+        encoding = self._encoding(text)
+        num_special = self._rust.num_special_tokens_to_add(is_pair=False) if add_special_tokens else 0
+        encoding.truncate(max(max_tokens - num_special, 0))
+        return self._rust.post_process(encoding, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`. Ids outside the vocabulary stand for nothing. Raises InvalidRequest."""
@@ -183,6 +220,16 @@ class Tokenizer:
     def _id_of(self, rust: RustTokenizer, name: str) -> int | None:
         text = self.special_tokens.get(name)
         return None if text is None else rust.token_to_id(text)
+
+
+def _shared_room(lengths: list[int], room: int) -> list[int]:
+    """How much is left of two texts that share `room`: the longer one is cut first, then both."""
+    short, long = sorted(lengths)
+    if short + long <= room:
+        return lengths
+    short = min(short, room // 2)
+    long = room - short
+    return [short, long] if lengths[0] <= lengths[1] else [long, short]
 
 
 def _return_freed_memory() -> None:

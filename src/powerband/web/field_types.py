@@ -61,6 +61,8 @@ def _members(kind: inspect.Type) -> list[inspect.Type]:
 
 def _inside(kind: inspect.Type, name: str) -> list[inspect.Type]:
     """The types of an object's field, or, without a name, of the items of a list or an object."""
+    if isinstance(kind, inspect.StructType) and name and name == kind.tag_field:
+        return [inspect.LiteralType((kind.tag,))]
     if isinstance(kind, inspect.StructType) and name:
         return [member for field in kind.fields if field.encode_name == name for member in _members(field.type)]
     if isinstance(kind, inspect.DictType):

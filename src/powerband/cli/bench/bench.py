@@ -427,5 +427,6 @@ def _results_folder(folder: Path) -> Iterator[None]:
             if is_new:
                 folder.rmdir()
         if isinstance(problem, OSError) and problem.filename == str(folder):
-            raise EnvironmentFault(f"Cannot write results to {folder}: {problem.strerror}.", param="out") from None
+            why = "it is a file, not a folder" if folder.is_file() else problem.strerror
+            raise EnvironmentFault(f"Cannot write results to {folder}: {why}.", param="out") from None
         raise

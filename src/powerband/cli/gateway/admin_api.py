@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,10 +83,13 @@ def find_gateway(flags: GatewayFlags | None, service: str | None = None) -> Admi
         raise UsageError("Both a service and --url are given.", hint="Give one.", param="url")
     file = admin_key_file or state_home() / "gateway" / "admin.key"
     try:
-        return AdminApi(url, file.read_text(encoding="ascii").strip())
+        key = file.read_text(encoding="ascii").strip()
+        if not key:
+            raise OSError(errno.ENODATA, "it is empty")
+        return AdminApi(url, key)
     except (OSError, UnicodeDecodeError) as error:
         hint = "Name a file that holds an admin key with --admin-key-file."
-        reason = getattr(error, "strerror", None) or error
+        reason = error.strerror if isinstance(error, OSError) else "it holds no key"
         raise EnvironmentFault(f"Cannot read {file}: {reason}.", hint=hint, param="admin_key_file") from None
 
 

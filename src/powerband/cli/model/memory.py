@@ -18,7 +18,7 @@ from powerband.extras import require
 from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.model.counts import count_parameters
 from powerband.spec.model.model_spec import ModelSpec
-from powerband.spec.model.reader import read_model_spec
+from powerband.spec.model.reader import converted, read_model_spec
 from powerband.spec.settings import EngineSettings
 
 NOT_ABOUT_MEMORY = (
@@ -37,7 +37,7 @@ def memory(settings: Resolved, *, json: Json = False) -> int:
     Exits with 3 and suggests changes if the engine does not fit.
     """
     engine = settings.engine
-    spec = read_model_spec(config_source(engine))
+    spec = converted(read_model_spec(config_source(engine)), engine.convert)
     plan = plan_on_this_machine(spec, engine)
     if json:
         report: dict[str, Any] = {

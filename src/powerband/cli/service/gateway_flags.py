@@ -51,6 +51,12 @@ def gateway_spec_of(owner: str, served_name: str, store: ServiceStore) -> Gatewa
     """The gateway of another service, to which this service's model is added. Raises UsageError."""
     from powerband.fleet.service.store import find_service, services_behind
 
+    if "://" in owner:
+        raise UsageError(
+            f"--gateway is {owner!r}: it takes the name of a deployed service, not the URL of a gateway.",
+            hint="'powerband status' shows the services. Elsewhere, list this service's URL in the gateway's --routes.",
+            param="gateway",
+        )
     found = find_service(owner)
     spec = found.read_spec()
     if spec is None or spec.removed or found.name == store.name:

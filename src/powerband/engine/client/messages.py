@@ -21,6 +21,7 @@ from powerband.core.request import EngineRequest
 from powerband.core.stats import SchedulerStats
 from powerband.core.step import ErrorInfo, TokenOutput
 from powerband.errors import PowerbandError
+from powerband.spec.model.pooling import PoolingSpec
 from powerband.spec.settings import EngineSettings
 
 REQUESTS_SOCKET = "requests.sock"
@@ -105,6 +106,16 @@ _SHARED_PARAMS = [field.name for field in fields(SamplingParams) if field.name !
 # ---- from the engine
 
 
+class AdapterInfo(msgspec.Struct):
+    """A LoRA adapter that is loaded."""
+
+    name: str
+    source: str  # as it was given: a folder, or a Hugging Face id
+    digest: str  # of its content; `EngineRequest.adapter`
+    rank: int
+    memory_bytes: int
+
+
 class EngineInfo(msgspec.Struct, kw_only=True):
     """What the API needs to know of a started engine."""
 
@@ -118,6 +129,9 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     dtype: str
     summary: str  # the start-up block: model, memory plan, predicted and measured, seconds per phase
     config: dict[str, Any]  # the effective settings
+    adapters: list[AdapterInfo] = []
+    generates: bool = True  # False: prompts are pooled and nothing else
+    pooling: PoolingSpec | None = None  # None: prompts cannot be pooled
     refuses_late: bool = False  # a latency model is there, and with it deadlines are checked at arrival
 
     def with_end(self, token_id: int | None) -> EngineInfo:

@@ -93,9 +93,9 @@ class _ProcessRun:
 class EngineProcess:
     """An engine in a child process. All methods belong to one event loop.
 
-    `on_phase(name, fraction)`, `on_heartbeat`, `on_step(tokens computed)` and `on_residual(a step's observed seconds by
-    the predicted)` are called in that loop. `command` is what to run as the engine; `log` is level and format of what
-    it logs to stderr.
+    `on_phase(name, fraction)`, `on_heartbeat`, `on_step(tokens computed)`, `on_residual(a step's observed seconds by
+    the predicted)` and `on_restart` (another process has replaced one that died) are called in that loop. `command` is
+    what to run as the engine; `log` is level and format of what it logs to stderr.
     """
 
     def __init__(
@@ -109,6 +109,7 @@ class EngineProcess:
         on_heartbeat: Callable[[Heartbeat], None] | None = None,
         on_step: Callable[[int], None] | None = None,
         on_residual: Callable[[float], None] | None = None,
+        on_restart: Callable[[EngineInfo], None] | None = None,
     ) -> None:
         self._settings = settings
         self._command = tuple(command)
@@ -118,6 +119,7 @@ class EngineProcess:
         self._on_heartbeat = on_heartbeat
         self._on_step = on_step
         self._on_residual = on_residual
+        self._on_restart = on_restart
         self._monitor = HealthMonitor(self._limits)
         self._streams: dict[str, TokenStream] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -182,17 +184,17 @@ class EngineProcess:
             channel.send(message)
         return stream
 
-    async def call(self, method: str, **kwargs: Any) -> Any:
-        """Run an administrative method in the engine's loop. Raises what it raised, or EngineDead."""
+    async def call(self, method: str, *, timeout_s: float = _CALL_TIMEOUT_S, **kwargs: Any) -> Any:
+        """Run an administrative method of the engine. Raises what it raised, or EngineDead."""
         channel = self._ready_channel()
         self._last_call = call_id = self._last_call + 1
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = answer
         channel.send(MethodCall(call_id, method, kwargs))
         try:
-            return await asyncio.wait_for(answer, _CALL_TIMEOUT_S)
+            return await asyncio.wait_for(answer, timeout_s)
         except TimeoutError as error:
-            raise EngineDead(f"The engine did not answer '{method}' within {_CALL_TIMEOUT_S:.0f} s.") from error
+            raise EngineDead(f"The engine did not answer '{method}' within {timeout_s:.0f} s.") from error
         finally:
             del self._calls[call_id]
 
@@ -289,7 +291,9 @@ class EngineProcess:
             backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
             self.num_restarts += 1
             try:
-                await self._launch(max(_MIN_RESTART_S, _RESTART_FACTOR * self._first_start_s))
+                info = await self._launch(max(_MIN_RESTART_S, _RESTART_FACTOR * self._first_start_s))
+                if self._on_restart is not None:
+                    self._on_restart(info)
             except PowerbandError as failure:
                 logger.error("The engine could not be started again: %s", failure)
                 self._monitor.ended(EngineState.DEAD, str(failure))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from llguidance import LLMatcher
 from powerband.core.params import SamplingParams
 from powerband.core.step import Work
 from powerband.engine.attention.base import AttentionBatch
+from powerband.engine.linear.adapters import AdapterWeights
+from powerband.engine.pooling.pooler import PoolingState
 from powerband.engine.sampling.logits import SamplingState
 
 Int32s = npt.NDArray[np.int32]
@@ -29,6 +32,8 @@ class RequestState:
     num_prompt_tokens: int
     sampling: SamplingState
     rope_length: int = 0
+    adapter: AdapterWeights | None = None
+    pooling: PoolingState | None = None  # its prompt is pooled, and nothing sampled
     blocks: Int32s = field(default_factory=lambda: np.zeros(8, np.int32))  # grows by doubling
     num_blocks: int = 0
     # The token after `tokens`, sampled by a step in flight: (its sampled ids on the device, row).
@@ -52,6 +57,11 @@ class Row:
     work: Work
     state: RequestState
 
+    @property
+    def order(self) -> tuple[bool, str]:
+        """Decodes come first, and among these and the others the rows of one adapter together."""
+        return self.work.num_tokens != 1, self.state.adapter.digest if self.state.adapter is not None else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
@@ -59,18 +69,28 @@ class Inputs:
     positions: torch.Tensor  # int64 [tokens]
     batch: AttentionBatch
     rope_lengths: torch.Tensor | None = None  # int64 [tokens]: of models whose rotation depends on a sequence's length
+    types: torch.Tensor | None = None  # int64 [tokens]: of encoders, 1 in the second text of a pair
 
 
 class InputBuffers:
     """Builds inputs. `num_sets` steps may be in flight before a buffer is written again, without waiting for it.
 
     On a GPU the buffers are pinned and copied without waiting. by_length: the model's rotation depends on the length
-    of a sequence.
+    of a sequence. with_types: for models that have token types.
     """
 
-    def __init__(self, block_size: int, device: torch.device, *, by_length: bool = False, num_sets: int = 2) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        device: torch.device,
+        *,
+        by_length: bool = False,
+        with_types: bool = False,
+        num_sets: int = 2,
+    ) -> None:
         self.block_size = block_size
         self.by_length = by_length
+        self.with_types = with_types
         self.device = device
         self._sets = [_Buffers(device.type == "cuda") for _ in range(num_sets)]
         self._next = 0
@@ -95,6 +115,8 @@ class InputBuffers:
         blocks = tables.array[owner, positions // self.block_size].astype(np.int64)
         tokens.array[2] = blocks * self.block_size + positions % self.block_size
         tokens.array[3] = np.repeat([row.state.rope_length for row in rows], counts)
+        if self.with_types:
+            tokens.array[4] = positions >= np.repeat([_second_text_start(row.state) for row in rows], counts)
         starts = per_row.array[0]
         starts[0] = 0
         np.cumsum(counts, out=starts[1:])
@@ -110,7 +132,13 @@ class InputBuffers:
             context_lens_host=ends,
         )
         buffers.note_copies(self.device)
-        return Inputs(on_device[0], on_device[1], batch, on_device[3] if self.by_length else None)
+        lengths = on_device[3] if self.by_length else None
+        return Inputs(on_device[0], on_device[1], batch, lengths, on_device[4] if self.with_types else None)
+
+
+def _second_text_start(state: RequestState) -> int:
+    start = state.pooling.params.second_text_start if state.pooling is not None else None
+    return sys.maxsize if start is None else start
 
 
 def _fill_tokens(tokens: _Staged, rows: Sequence[Row]) -> None:
@@ -158,8 +186,8 @@ class _Buffers:
             self._copied.synchronize()
 
     def tokens(self, count: int) -> _Staged:
-        """[ids, positions, slots, rope lengths] x tokens."""
-        return self._shaped(torch.int64, 4, count)
+        """[ids, positions, slots, rope lengths, types] x tokens."""
+        return self._shaped(torch.int64, 5, count)
 
     def rows(self, count: int) -> _Staged:
         """[query starts, (unused, then context lengths)] x (rows + 1)."""

@@ -75,7 +75,8 @@ class DecodeGraphs:
     def __call__(self, inputs: Inputs) -> torch.Tensor:
         """Hidden states [tokens, hidden] before the last norm."""
         num_rows = len(inputs.batch.context_lens_host)
-        if inputs.batch.num_decodes < num_rows or num_rows > self.sizes[-1]:
+        # A graph has no adapters: which ones a step needs, and for how many rows each, is never twice the same.
+        if inputs.batch.num_decodes < num_rows or num_rows > self.sizes[-1] or self._model.adapters.groups:
             return self._forward(inputs)
         size = self.sizes[bisect_left(self.sizes, num_rows)]
         graph = self._graphs.get(size)

@@ -19,11 +19,16 @@ from powerband.engine.executor.cuda_graphs import DecodeGraphs
 from powerband.engine.executor.runner import ModelRunner
 from powerband.engine.executor.warm_up import warm_up
 from powerband.engine.layers.cpu import use_cpu_layers
+from powerband.engine.lora.targets import adaptable_parts
 from powerband.engine.model_loader.linear_methods import LinearMethodSelector
 from powerband.engine.model_loader.weight_cache import WeightCache
 from powerband.engine.model_loader.weights import fill_random, load_weights
 from powerband.engine.models.cpu import use_cpu_blocks
 from powerband.engine.models.decoder import Decoder
+from powerband.engine.models.encoder import Encoder
+from powerband.engine.models.registry import Model
+from powerband.engine.pooling.loader import load_pooler, random_pooler
+from powerband.engine.pooling.pooler import Pooler
 from powerband.engine.sampling.cpu import use_cpu_sampling
 from powerband.engine.sampling.sampler import Sampler
 from powerband.errors import UsageError
@@ -53,6 +58,7 @@ class ExecutorConfig:
     overlap: bool
     held: WeightPrecisions = PLAIN  # what projections and head are held in
     weight_cache: bool = False  # keep quantized weights for the next start
+    adapters: bool = False  # LoRA adapters may be loaded
     graph_rows: int = 0  # largest batch of decodes to capture CUDA graphs for; 0: none
 
 
@@ -91,7 +97,7 @@ class TorchExecutor:
         config = self.config
         began_s = time.perf_counter()
         self._progress("load", 0.0)
-        model = Decoder(config.spec, max_positions=config.max_model_len, dtype=config.dtype, device=config.device)
+        model = self._empty_model()
         selector = LinearMethodSelector(model, config.held, kernels=config.kernels)
         weights_bytes = self._load(selector)
         loaded_s = time.perf_counter()
@@ -101,14 +107,22 @@ class TorchExecutor:
         if config.kernels:
             use_cpu_layers(model)
             use_cpu_sampling(sampler)
-        if config.attention.name == "triton":
+        if config.attention.name == "triton" and isinstance(model, Decoder):
             from powerband.engine.layers.triton import use_fused_layers  # Triton is not everywhere
 
             use_fused_layers(model)
+        if config.adapters:
+            if not isinstance(model, Decoder):
+                raise UsageError(
+                    "Encoders take no LoRA adapters.", hint="Leave --lora and --max-loras out.", param="lora"
+                )
+            for name, part in adaptable_parts(model).items():
+                part.use_adapters(model.adapters, name)
         self._runner = ModelRunner(
             model,
             self.attention,
             sampler,
+            self._pooler(),
             block_size=config.block_size,
             device=config.device,
             grammars=self._grammars,
@@ -135,13 +149,29 @@ class TorchExecutor:
         self._weight_cache = cache
         return weights_bytes
 
+    def _empty_model(self) -> Model:
+        config, spec = self.config, self.config.spec
+        if spec.encoder is not None:
+            return Encoder(spec, spec.encoder, dtype=config.dtype, device=config.device)
+        return Decoder(spec, max_positions=config.max_model_len, dtype=config.dtype, device=config.device)
+
+    def _pooler(self) -> Pooler | None:
+        config, pooling = self.config, self.config.spec.pooling
+        if pooling is None:
+            return None
+        if config.load_format == "dummy":
+            return random_pooler(pooling, config.seed, config.device)
+        return load_pooler(pooling, config.folder, config.device)
+
     @torch.inference_mode()
     def init_kv_cache(self, num_blocks: int) -> None:
-        spec = self.config.spec
+        spec, model = self.config.spec, self.runner.model
+        if isinstance(model, Encoder):  # it keeps nothing
+            return
         shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.attention_scale)
         self.attention.allocate(spec.num_layers, num_blocks, shape, self.config.kv_dtype)
         if isinstance(self.attention, CpuAttention):
-            use_cpu_blocks(self.runner.model, self.attention)
+            use_cpu_blocks(model, self.attention)
         if self.attention.name == "triton":
             self._progress("compile", 0.0)
             config = self.config
@@ -152,12 +182,12 @@ class TorchExecutor:
                 device=config.device,
             )
         if self.config.graph_rows:
-            self._capture_graphs()
+            self._capture_graphs(model)
 
-    def _capture_graphs(self) -> None:
+    def _capture_graphs(self, model: Decoder) -> None:
         config = self.config
         graphs = DecodeGraphs(
-            self.runner.model,
+            model,
             self.attention,
             max_rows=config.graph_rows,
             max_model_len=config.max_model_len,

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from powerband.engine.linear.adapters import ActiveAdapters
+
 
 class LinearMethod(Protocol):
     """x @ weight.T + bias, with the weight in the form that its provider gave it."""
@@ -83,14 +85,24 @@ class Linear(nn.Module):
         self.bias = parameter(out_features, dtype=dtype, device=device) if bias else None
         self.provider = "torch"
         self._method: LinearMethod | None = None
+        self._adapters: tuple[ActiveAdapters, str] | None = None
+
+    def use_adapters(self, active: ActiveAdapters, name: str) -> None:
+        """From now on, add what the active adapters have for the projection `name`."""
+        self._adapters = active, name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._method is not None:
-            return self._method(x)
-        return F.linear(x, self.weight, self.bias)
+        out = F.linear(x, self.weight, self.bias) if self._method is None else self._method(x)
+        if self._adapters is not None:
+            active, name = self._adapters
+            active.add_to(name, out, x)
+        return out
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
         """residual [tokens, out_features] += product of x, in place."""
+        if self._adapters is not None:
+            active, name = self._adapters
+            active.add_to(name, residual, x)
         if self._method is not None:
             self._method.add_to(residual, x)
         elif self.bias is not None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
 from powerband.errors import EnvironmentFault
 from powerband.folders import expand_user
 from powerband.spec.checkpoint.files import INDEX, SET_ASIDE, choose, indexed_files, nothing_to_load
+from powerband.spec.model.pooling import module_folders
 from powerband.spec.settings import EngineSettings
 
 # What is fetched from the hub beside weights: never pickles, never code.
 FETCHED = ("*.json", "tokenizer.model", "*.jinja", "*.txt")
 # Folders of a repository hold the same weights in other layouts (original/, onnx/), only templates are needed of them.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 NOT_FETCHED = ("*/*.safetensors", "*/*.json", "*/*.txt", *SET_ASIDE)
 
 
@@ -27,17 +30,45 @@ def resolve_model(settings: EngineSettings) -> Path:
     path = expand_user(name)
     if path.is_dir():
         return path
-    if path.is_absolute() or name.count("/") != 1 or name.startswith((".", "~")):
+    if not _is_hub_id(name):
         raise EnvironmentFault(
             f"There is no folder {name!r}.",
             hint="Give a folder with config.json and safetensors, a Hugging Face id (owner/name), or 'demo'.",
             code="model_not_found",
             param="model",
         )
-    return _fetch(name, settings.revision, weights=settings.load_format != "dummy")
+    revision, weights = settings.revision, settings.load_format != "dummy"
+    folder = _fetch(name, revision, lambda: [*FETCHED, *(_weights(name, revision) if weights else ())], NOT_FETCHED)
+    if modules := module_folders(folder):  # of sentence-transformers: poolings and projections
+        endings = ("config.json", "model.safetensors") if weights else ("config.json",)
+        return _fetch(name, revision, lambda: [f"{module}/{ending}" for module in modules for ending in endings], ())
+    return folder
 
 
-def _fetch(name: str, revision: str | None, *, weights: bool) -> Path:
+def resolve_adapter(name: str) -> Path:
+    """The folder of a LoRA adapter: on this machine, or fetched from the hub. Raises EnvironmentFault."""
+    path = expand_user(name)
+    if path.is_dir():
+        return path
+    if not _is_hub_id(name):
+        raise EnvironmentFault(
+            f"There is no folder {name!r}.",
+            hint=f"Give a folder with {' and '.join(ADAPTER_FILES)}, or a Hugging Face id (owner/name).",
+            code="adapter_not_found",
+            param="lora",
+        )
+    try:
+        return _fetch(name, None, lambda: list(ADAPTER_FILES), ())
+    except EnvironmentFault as problem:
+        raise EnvironmentFault(problem.message, hint=problem.hint, code="adapter_not_found", param="lora") from problem
+
+
+def _is_hub_id(name: str) -> bool:
+    return not Path(name).is_absolute() and name.count("/") == 1 and not name.startswith((".", "~"))
+
+
+def _fetch(name: str, revision: str | None, kinds: Callable[[], list[str]], without: tuple[str, ...]) -> Path:
+    """kinds: patterns of files, found out where the hub's errors become ours."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -49,8 +80,7 @@ def _fetch(name: str, revision: str | None, *, weights: bool) -> Path:
     )
 
     try:
-        kinds = [*FETCHED, *(_weights(name, revision) if weights else ())]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=kinds, ignore_patterns=list(NOT_FETCHED)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=kinds(), ignore_patterns=list(without)))
     except GatedRepoError as problem:
         raise _not_available(
             name, "access to it must be granted first", "Ask for it on its page, then set HF_TOKEN."

@@ -22,7 +22,7 @@ from powerband.engine.linear.quantized import (
     stored_method,
     tensors_of,
 )
-from powerband.engine.models.decoder import Decoder
+from powerband.engine.models.registry import Model
 from powerband.errors import UsageError
 from powerband.spec.checkpoint.quantization import PLAIN, Held, WeightPrecisions
 
@@ -30,7 +30,7 @@ from powerband.spec.checkpoint.quantization import PLAIN, Held, WeightPrecisions
 class LinearMethodSelector:
     """Gives every part of a model that multiplies with matrices its products, as soon as those are loaded."""
 
-    def __init__(self, model: Decoder, held: WeightPrecisions = PLAIN, *, kernels: bool = False) -> None:
+    def __init__(self, model: Model, held: WeightPrecisions = PLAIN, *, kernels: bool = False) -> None:
         self.model = model
         self.held = held
         self.kernels = kernels  # the C++ kernels may be used
@@ -91,7 +91,8 @@ class LinearMethodSelector:
         self.memory_bytes += sum(map(_bytes_of, part.matrices(), methods))
         self.installed.append((part, methods))
         part.install(methods, name)
-        if part is self.model.head and self.model.spec.tie_embeddings and isinstance(methods[0], Bf16LinearMethod):
+        is_tied_head = part is self.model.head and self.model.spec.tie_embeddings
+        if is_tied_head and isinstance(methods[0], Bf16LinearMethod):
             self.model.embedding.share(methods[0].packed)  # one copy serves both
         self.counts[name] += 1
 
@@ -122,6 +123,6 @@ def _bytes_of(matrix: WeightMatrix, method: LinearMethod) -> int:
     return sum(tensor.nbytes for tensor in tensors.values()) if tensors else matrix.weight.nbytes
 
 
-def parts_of(model: Decoder) -> list[tuple[str, LinearModule]]:
+def parts_of(model: Model) -> list[tuple[str, LinearModule]]:
     """Every part with its name, the head of tied embeddings included."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear | Experts)]

@@ -17,6 +17,7 @@ from types import TracebackType
 import torch
 
 from powerband.errors import UsageError
+from powerband.files import open_regular
 from powerband.spec.checkpoint.safetensors import read_header_from, unreadable
 from powerband.spec.hardware.device import detect_cpu
 
@@ -43,7 +44,7 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = path.open("rb", buffering=0)
+            self._file = open_regular(path)
         except OSError as problem:
             raise unreadable(path, problem) from problem
         try:

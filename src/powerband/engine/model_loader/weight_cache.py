@@ -38,6 +38,7 @@ from powerband.engine.linear.int8 import Int8LinearMethod
 from powerband.engine.model_loader.linear_methods import LinearMethodSelector, parts_of
 from powerband.engine.model_loader.safetensors_file import SafetensorsFile, checksums, stored_name
 from powerband.errors import PowerbandError
+from powerband.files import open_regular
 from powerband.folders import cache_directory
 from powerband.spec.checkpoint.files import weight_files
 from powerband.spec.checkpoint.safetensors import LENGTH_BYTES, read_header_from
@@ -199,7 +200,7 @@ def _identity(files: list[Path]) -> str:
     for path in files:
         found = path.stat()
         digest.update(repr((path.name, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)).encode())
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path) as file:
             header = read_header_from(file)
             digest.update(repr(header).encode())
             for tensor in header.tensors.values():

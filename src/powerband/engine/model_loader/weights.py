@@ -23,8 +23,7 @@ from powerband.engine.model_loader.checkpoint import resolve_model
 from powerband.engine.model_loader.linear_methods import LinearMethodSelector, parts_of
 from powerband.engine.model_loader.quantized_checkpoint import QuantizedCheckpoint
 from powerband.engine.model_loader.stored_tensors import StoredTensors
-from powerband.engine.models.decoder import Decoder
-from powerband.engine.models.registry import slots_for
+from powerband.engine.models.registry import Model, slots_for
 from powerband.engine.models.weight_mapping import WeightSlot
 from powerband.errors import UsageError
 from powerband.spec.checkpoint.files import HEAD, weight_files
@@ -118,7 +117,7 @@ class _Parts:
     row. The head of tied embeddings is complete when the embedding is.
     """
 
-    def __init__(self, model: Decoder, slots: Iterable[WeightSlot]) -> None:
+    def __init__(self, model: Model, slots: Iterable[WeightSlot]) -> None:
         self._owners: dict[int, LinearModule] = {}
         self._addresses: list[tuple[int, int, int]] = []  # of each matrix: where it begins, its index, bytes of a row
         for _, part in parts_of(model):
@@ -247,7 +246,7 @@ def _some(names: list[str]) -> str:
 
 
 def _fill_parameter(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
-    if "norm" in name:
+    if "norm" in name and not name.endswith("bias"):
         parameter.fill_(1.0)
     elif parameter.dim() < 2:
         parameter.zero_()

@@ -32,19 +32,25 @@ class CpuLayers:
 
     def __init__(self, model: Decoder, attention: CpuAttention) -> None:
         self.num_blocks = 0
+        self._adapters = model.adapters
+        self._projections: dict[int, tuple[str, str]] = {}  # names of a block's first and second
         self._parts: list[list[int] | Half] = []
         self._made: list[int] = []
         weakref.finalize(self, torch.ops.powerband.free_blocks, self._made)
         ropes = list(model.rotary)
-        for layer in model.layers:
+        for index, layer in enumerate(model.layers):
             if isinstance(layer, DecoderLayer):
-                self._append(_attention_block(layer, attention, ropes), layer.attend)
-                self._append(_mlp_block(layer), lambda hidden, *_, own=layer: own.transform(hidden))
+                name = f"layers.{index}"
+                names = f"{name}.attention.qkv", f"{name}.attention.output"
+                self._append(_attention_block(layer, attention, ropes), names, layer.attend)
+                names = f"{name}.mlp.gate_up", f"{name}.mlp.down"
+                self._append(_mlp_block(layer), names, lambda hidden, *_, own=layer: own.transform(hidden))
 
-    def _append(self, block: int | None, otherwise: Half) -> None:
+    def _append(self, block: int | None, projections: tuple[str, str], otherwise: Half) -> None:
         if block is None:
             self._parts.append(otherwise)
             return
+        self._projections[block] = projections
         self.num_blocks += 1
         self._made.append(block)
         if self._parts and isinstance(self._parts[-1], list):
@@ -61,11 +67,18 @@ class CpuLayers:
     ) -> None:
         cos, sin = [cos for cos, _ in rotations.values()], [sin for _, sin in rotations.values()]
         step = (batch.slots, batch.query_starts, batch.context_lens, batch.block_tables, batch.num_decodes)
+        starts, ends = self._adapters.bounds()
         for part in self._parts:
             if isinstance(part, list):
-                torch.ops.powerband.run_blocks(part, hidden, cos, sin, *step)
+                deltas = self._deltas(part) if starts else []
+                torch.ops.powerband.run_blocks(part, hidden, cos, sin, *step, deltas, starts, ends)
             else:
                 part(hidden, rotations, batch, attention)
+
+    def _deltas(self, blocks: list[int]) -> list[int]:
+        """[blocks, 2, groups of rows]: what the step's adapters add."""
+        names = (name for block in blocks for name in self._projections[block])
+        return [number for name in names for number in self._adapters.kernel_deltas(name)]
 
 
 def _attention_block(layer: DecoderLayer, attention: CpuAttention, ropes: list[RopeSpec]) -> int | None:

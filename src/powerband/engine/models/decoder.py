@@ -13,6 +13,7 @@ from powerband.engine.layers.experts import Experts
 from powerband.engine.layers.mlp import GatedMLP
 from powerband.engine.layers.norm import RMSNorm
 from powerband.engine.layers.rotary import RotaryTable
+from powerband.engine.linear.adapters import ActiveAdapters
 from powerband.engine.linear.base import Linear, parameter
 from powerband.spec.model.model_spec import LayerSpec, ModelSpec, RopeSpec
 
@@ -53,6 +54,7 @@ class Decoder(nn.Module):
         ropes = {layer.rope for layer in spec.layers if layer.rope is not None}
         self.rotary = {rope: RotaryTable(rope, max_positions, dtype=dtype, device=device) for rope in ropes}
         self.run_layers: RunLayers | None = None  # a device may have all layers in one
+        self.adapters = ActiveAdapters()  # of the step that runs
 
     def forward(
         self,
@@ -71,7 +73,7 @@ class Decoder(nn.Module):
             rope: table.at(positions, rope_lengths) for rope, table in self.rotary.items()
         }
         hidden: torch.Tensor = self.embedding(token_ids)
-        if self.run_layers is not None:
+        if self.run_layers is not None and not self.adapters.need_projections:
             self.run_layers(hidden, rotations, batch, attention)
             return hidden
         for layer in self.layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import logging
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from types import TracebackType
@@ -14,11 +15,14 @@ import msgspec
 
 from powerband.core.clock import MonotonicClock
 from powerband.core.loop import Abort, Add
-from powerband.core.params import SamplingParams
+from powerband.core.params import PoolingParams, SamplingParams
+from powerband.core.request import EngineRequest
 from powerband.core.step import FinishReason, TokenOutput
 from powerband.engine.build import build_engine
 from powerband.engine.client.output_reader import OutputReader
+from powerband.engine.offline.adapters import AdapterChoice, OfflineAdapters
 from powerband.engine.offline.inbox import InterruptGuard, LocalInbox, RequestFeed
+from powerband.engine.offline.pooling import EmbeddingRequestOutput, OfflinePooling, ScoringRequestOutput
 from powerband.engine.offline.progress import ProgressBar
 from powerband.engine.offline.prompts import Prompt, PromptReader, as_list, errors_naming, one_per_prompt
 from powerband.engine.offline.results import PromptGroup, RequestOutput
@@ -28,8 +32,8 @@ from powerband.output_parsers.formats import OutputFormat
 from powerband.output_parsers.tool_use import ToolUse, tool_use
 from powerband.spec.settings import EngineSettings
 from powerband.text.chat_template import ChatTemplate
-from powerband.text.conversation import check_tool_messages
 from powerband.text.tokenizer import Tokenizer
+from powerband.text.tool_messages import check_tool_messages
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +62,12 @@ class LLM:
         self.info = info.with_end(self._tokenizer.eos_token_id if self._tokenizer is not None else None)
         self._reader = PromptReader(self.info, self._tokenizer, self._engine.grammars)
         self._template: ChatTemplate | None = None
+        registry = self._engine.adapters
+        self._adapters = OfflineAdapters(
+            info.adapters, registry.max_adapters, load=registry.load, unload=registry.remove
+        )
         self._ids = map(str, itertools.count())
+        self._pooling = OfflinePooling(self.info, self._tokenizer, lambda: next(self._ids), self._run_pooled)
         logger.info("%s", self.info.summary)
 
     def generate(
@@ -68,16 +77,19 @@ class LLM:
         *,
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
+        lora_request: AdapterChoice = None,
     ) -> list[RequestOutput]:
         """Answer every prompt; results are in the order of the prompts.
 
         A prompt is text, a list of token ids, or vLLM's {"prompt": …} or {"prompt_token_ids": …}. `sampling_params` are
-        for all, or one per prompt; default: `get_default_sampling_params()`. `use_tqdm`: show progress on stderr. A
-        request that fails in the engine ends with finish_reason "error", alone. Raises InvalidRequest, naming the
-        prompt, before anything starts; EngineDead; and KeyboardInterrupt on Ctrl-C, when everything has been aborted
-        and the engine is ready for more.
+        for all, or one per prompt; default: `get_default_sampling_params()`. `use_tqdm`: show progress on stderr.
+        `lora_request`: a LoRA adapter for all prompts, or one or None per prompt. A request that fails in the engine
+        ends with finish_reason "error", alone. Raises InvalidRequest, naming the prompt, before anything starts;
+        EngineDead; and KeyboardInterrupt on Ctrl-C, when everything has been aborted and the engine is ready for more.
         """
-        return self._generate(as_list(prompts), sampling_params, None, use_tqdm=use_tqdm, priority=priority)
+        return self._generate(
+            as_list(prompts), sampling_params, None, use_tqdm=use_tqdm, priority=priority, lora_request=lora_request
+        )
 
     def _generate(
         self,
@@ -87,16 +99,24 @@ class LLM:
         *,
         use_tqdm: bool,
         priority: Sequence[int] | None = None,
+        lora_request: AdapterChoice = None,
     ) -> list[RequestOutput]:
+        self._check_generates()
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         every_params = one_per_prompt(params, len(every_prompt))
         every_priority = self._priorities(priority, len(every_prompt))
+        adapters = self._adapters.digests(lora_request, len(every_prompt))
         groups = []
         for index, (prompt, own) in enumerate(zip(every_prompt, every_params, strict=True)):
             with errors_naming(f"Prompt {index}" if readers is None else f"Conversation {index}"):
-                reader = None if readers is None else readers[index]
-                own_priority = every_priority[index]
-                group = self._reader.read(prompt, own, id=next(self._ids), priority=own_priority, reader=reader)
+                group = self._reader.read(
+                    prompt,
+                    own,
+                    id=next(self._ids),
+                    priority=every_priority[index],
+                    adapter=adapters[index],
+                    reader=None if readers is None else readers[index],
+                )
                 groups.append(group)
         self._run(groups, show_progress=use_tqdm)
         return [group.result(self._tokenizer) for group in groups]
@@ -107,6 +127,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: AdapterChoice = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -133,10 +154,43 @@ class LLM:
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=continue_final_message,
                     template_kwargs=chat_template_kwargs,
+                    tools_in_text=format.writes_tools_in_text,
                 )
             prompts.append({"prompt": text, "prompt_token_ids": self._encode_rendered(text)})
             readers.append(OutputReader(format, text, use if format.tools else None))
-        return self._generate(prompts, sampling_params, readers, use_tqdm=use_tqdm)
+        return self._generate(prompts, sampling_params, readers, use_tqdm=use_tqdm, lora_request=lora_request)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        prompt_name: str | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """One vector for each prompt, in their order; prompts are given as to `generate`.
+
+        `truncate_prompt_tokens`: keep the first of a text; -1: as many as the model takes. `prompt_name`: one of the
+        checkpoint's prompts, to put before each text. Raises InvalidRequest, naming the prompt, and as `generate`.
+        """
+        return self._pooling.embed(
+            prompts, pooling_params, show_progress=use_tqdm, truncate=truncate_prompt_tokens, prompt_name=prompt_name
+        )
+
+    def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        *,
+        use_tqdm: bool = True,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How well texts go with each other: one of `data_1` with all of `data_2`, or each with its counterpart.
+
+        A cross-encoder reads both at once; of an embedding model it is the cosine of two vectors. Raises as `embed`.
+        """
+        return self._pooling.score(data_1, data_2, show_progress=use_tqdm, truncate=truncate_prompt_tokens)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What counts where no sampling_params are given: generation_config.json's, as `generation_config` has it."""
@@ -208,6 +262,40 @@ class LLM:
                 tokens_in += len(group.prompt_ids)
         feed.refuse(refused)
         progress.advance(finished=finished, tokens_in=tokens_in, tokens_out=tokens_out)
+
+    def _run_pooled(self, requests: list[EngineRequest], show_progress: bool) -> list[TokenOutput]:
+        """Feed the engine, no faster than it runs requests, until every prompt has been pooled; outputs in order."""
+        waiting = deque(requests)
+        done: dict[str, TokenOutput] = {}
+        live: dict[str, EngineRequest] = {}
+        with ProgressBar(len(requests), shown=show_progress) as progress, InterruptGuard() as interruptions:
+            try:
+                while len(done) < len(requests):
+                    while waiting and len(live) < self.settings.max_num_seqs:
+                        request = waiting.popleft()
+                        live[request.id] = request
+                        self._inbox.commands.append(Add(request))
+                    finished = {output.id: output for output in self._engine.core.step() if output.id in live}
+                    num_tokens = sum(len(live.pop(id).token_ids) for id in finished)
+                    done |= finished
+                    progress.advance(finished=len(finished), tokens_in=num_tokens, tokens_out=0)
+                    if interruptions.num_seen:
+                        raise KeyboardInterrupt
+            except EngineDead:
+                raise
+            except BaseException:
+                self._inbox.commands += [Abort(id) for id in live]
+                self._settle()
+                raise
+        return [done[request.id] for request in requests]
+
+    def _check_generates(self) -> None:
+        if not self.info.generates:
+            raise InvalidRequest(
+                "This model pools prompts and does not generate.",
+                hint="Use embed or score.",
+                code="model_does_not_generate",
+            )
 
     def _settle(self) -> None:
         """Carry out what is still to be aborted, and wait for the steps in flight."""
@@ -282,4 +370,6 @@ def _check_names(settings: Mapping[str, Any]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(known)}."
+            if name == "enable_lora":
+                hint = "Leave it out: max_loras is enough."
             raise UsageError(f"LLM has no setting '{name}'.", hint=hint, param=name)

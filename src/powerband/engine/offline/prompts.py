@@ -35,11 +35,18 @@ class PromptReader:
         self._known: dict[bytes, str] = {}  # the last specification's grammar: prompts in a row mostly share it
 
     def read(
-        self, prompt: Prompt, params: SamplingParams, *, id: str, priority: int, reader: OutputReader | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        id: str,
+        priority: int,
+        adapter: str = "",
+        reader: OutputReader | None = None,
     ) -> PromptGroup:
         """The requests for one prompt: n of them. Raises InvalidRequest or RequestTooLong.
 
-        reader: of a chat's outputs.
+        adapter: as `EngineRequest.adapter`. reader: of a chat's outputs.
         """
         text, ids = self._text_and_ids(prompt)
         self._check(ids)
@@ -54,32 +61,15 @@ class PromptReader:
                 params=own,
                 arrival_s=time.monotonic(),
                 priority=priority,
+                adapter=adapter,
             )
             processor = (reader or OutputReader()).processor(self._tokenizer, own, ids)
             answers.append(Answer(index, request, processor, is_chat=reader is not None))
         return PromptGroup(id, text, ids, params, answers)
 
     def _text_and_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        text: Any = None
-        ids: Any = None
-        if isinstance(prompt, Mapping):
-            if not prompt or prompt.keys() - {"prompt", "prompt_token_ids"}:
-                raise InvalidRequest(
-                    f"It has the keys {sorted(map(str, prompt))}; known are 'prompt' and 'prompt_token_ids'.",
-                    param="prompts",
-                )
-            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        elif isinstance(prompt, str):
-            text = prompt
-        else:
-            ids = prompt
-        if text is not None and not isinstance(text, str):
-            raise InvalidRequest(f"Its text is {text!r}.", param="prompts")
-        if ids is None:
-            ids = self._encode(text or "")
-        if not isinstance(ids, list | tuple) or not all(type(id) is int for id in ids):
-            raise InvalidRequest("It must be text, or a list of token ids, which are whole numbers.", param="prompts")
-        return text, list(ids)
+        text, ids = text_or_tokens(prompt)
+        return text, self._encode(text or "") if ids is None else ids
 
     def _encode(self, text: str) -> list[int]:
         if self._tokenizer is None:
@@ -137,6 +127,30 @@ class PromptReader:
             self._grammars.prepare(grammar)
             self._known = {key: grammar}
         return self._known[key]
+
+
+def text_or_tokens(prompt: Prompt) -> tuple[str | None, list[int] | None]:
+    """A prompt's text and its token ids, each as far as it is given. Raises InvalidRequest."""
+    text: Any = None
+    ids: Any = None
+    if isinstance(prompt, Mapping):
+        if not prompt or prompt.keys() - {"prompt", "prompt_token_ids"}:
+            raise InvalidRequest(
+                f"It has the keys {sorted(map(str, prompt))}; known are 'prompt' and 'prompt_token_ids'.",
+                param="prompts",
+            )
+        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    elif isinstance(prompt, str):
+        text = prompt
+    else:
+        ids = prompt
+    if text is not None and not isinstance(text, str):
+        raise InvalidRequest(f"Its text is {text!r}.", param="prompts")
+    if ids is None:
+        return text, None
+    if not isinstance(ids, list | tuple) or not all(type(id) is int for id in ids):
+        raise InvalidRequest("It must be text, or a list of token ids, which are whole numbers.", param="prompts")
+    return text, list(ids)
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -12,7 +12,7 @@ from powerband.engine.client.output import OutputDelta, OutputProcessor
 from powerband.metrics.record import Outcome, RequestRecord
 from powerband.openai.tools import ToolCall
 from powerband.output_parsers.events import Event
-from powerband.output_parsers.message import Message
+from powerband.output_parsers.message import ParsedMessage
 from powerband.text.tokenizer import Tokenizer
 
 
@@ -123,7 +123,7 @@ class Answer:
         """content, reasoning_content and tool_calls, as far as there are any."""
         if self.processor.parser is None:
             return {"content": "".join(self.text)}
-        message = Message(self.events)
+        message = ParsedMessage(self.events)
         return {
             "content": message.content,
             "reasoning_content": message.reasoning,

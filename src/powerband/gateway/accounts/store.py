@@ -125,7 +125,8 @@ class Store:
         except (sqlite3.Error, OSError) as error:
             os.close(self._lock_file)
             hint = "Move the file away to start with an empty database, or restore a copy of it."
-            raise EnvironmentFault(f"Cannot open the gateway's database {path}: {error}.", hint=hint) from error
+            why = error.strerror if isinstance(error, OSError) else error
+            raise EnvironmentFault(f"Cannot open the gateway's database {path}: {why}.", hint=hint) from error
         self._thread = threading.Thread(target=self._run, name="database writer", daemon=True)
         self._thread.start()
 

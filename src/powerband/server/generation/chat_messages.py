@@ -8,11 +8,11 @@ import msgspec
 
 from powerband.openai.tools import FunctionDelta, ToolCallDelta
 from powerband.output_parsers.events import CallArguments, CallStart, Content, Event, Reasoning
-from powerband.output_parsers.message import Message
+from powerband.output_parsers.message import ParsedMessage
 from powerband.server.replies import ChatMessage, Delta
 
 
-def reply_of(message: Message) -> ChatMessage:
+def reply_of(message: ParsedMessage) -> ChatMessage:
     reply = ChatMessage(content=message.content)
     if message.reasoning is not None:
         reply.reasoning_content = reply.reasoning = message.reasoning

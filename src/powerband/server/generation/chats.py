@@ -50,8 +50,8 @@ async def _with_grammar(
     rules = None if use is None else use.rules
     if rules is None and not form:
         return params
-    compile, token_id = model.need_grammars().grammar, model.need_tokenizer().token_id
-    made = await replica.in_thread(answer_grammar, model.format, end, rules, form, token_id, compile)
+    compile_form, token_id = model.need_grammars().grammar, model.need_tokenizer().token_id
+    made = await replica.in_thread(answer_grammar, model.format, end, rules, form, token_id, compile_form)
     return params.with_grammar(made)
 
 

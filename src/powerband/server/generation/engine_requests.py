@@ -166,6 +166,7 @@ class Generation:
         self.resumed = resumed = _resumed(body, prompts, params, model)
         deadline_s = None if body.deadline_s is None else arrival_s + body.deadline_s
         each = [params.for_choice(copy) for copy in range(params.n)]
+        adapter = replica.adapter(body.model)
         self.choices: list[ChoiceState] = []
         for prompt in prompts:
             for own in each:
@@ -180,6 +181,7 @@ class Generation:
                     deadline_s=deadline_s,
                     cache_salt=body.cache_salt or "",
                     resumed_ids=resumed,
+                    adapter=adapter.info.digest if adapter is not None else "",
                 )
                 processor = self._reader.processor(model.tokenizer, own, prompt.token_ids)
                 choice = ChoiceState(index, prompt, request, processor, num_tokens=len(resumed))

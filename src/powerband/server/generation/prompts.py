@@ -13,8 +13,8 @@ from powerband.server.generation.reasoning import template_kwargs
 from powerband.server.protocol import MAX_PROMPTS, ChatRequest, CompletionRequest, Message, TokenizeRequest
 from powerband.server.replica import Model, ServerState
 from powerband.text.chat_template import ChatTemplate
-from powerband.text.conversation import check_tool_messages
 from powerband.text.tokenizer import Tokenizer
+from powerband.text.tool_messages import check_tool_messages
 
 _LONG_TEXT_CHARS = 4096  # longer texts are encoded in a thread, so that others' tokens go on
 
@@ -73,7 +73,8 @@ async def render(
     continues = body.continue_final_message is True
     num_bytes = len(msgspec.json.encode((messages, kwargs, tools)))
     template = model.need_template()
-    if tools and not template.writes_tools:
+    in_text = model.format.writes_tools_in_text
+    if tools and not (template.writes_tools or in_text):
         raise InvalidRequest(
             "This model's chat template does not write tools, so the model would not see them.",
             hint="Leave 'tools' out, or start the server with a template that has them (--chat-template FILE).",
@@ -89,6 +90,7 @@ async def render(
             add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
             continue_final_message=continues,
             template_kwargs=kwargs,
+            tools_in_text=in_text,
         )
 
 

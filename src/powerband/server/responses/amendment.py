@@ -87,7 +87,8 @@ class ResponsesAmendment(Amendment):
         if isinstance(kind := part.get("type"), str):
             self._refuse_media(kind, path, "input_text")
         kind = check_type(part, path, _PARTS, {})
-        self._check_fields(part, _PARTS[kind], path, "input.content.", {}, PART_IGNORED)
+        known = _PARTS[kind]
+        self._check_fields(part, known, path, "input.content.", {}, PART_IGNORED - {*known.__struct_fields__})
 
     def _amend_tool(self, tool: dict[str, Any], path: Path) -> None:
         check_type(tool, path, ("function",), HOSTED)

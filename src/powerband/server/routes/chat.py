@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from powerband.openai.events import DONE, event
-from powerband.output_parsers.message import Message
+from powerband.output_parsers.message import ParsedMessage
 from powerband.server.generation.chat_messages import delta_of, reply_of
 from powerband.server.generation.chats import chat_generation
 from powerband.server.generation.engine_requests import ChoiceState, Generation, OutputPiece
@@ -45,7 +45,7 @@ class ChatRoutes:
             replica.check_name(body.model)
             model = replica.accept()
             generation = await chat_generation(replica, model, body, arrival_s)
-            answer = _ChatResponse(generation, body, replica.name)
+            answer = _ChatResponse(generation, body, body.model or replica.name)
             return await respond(request, generation, answer, stream=bool(body.stream))
 
 
@@ -61,7 +61,7 @@ class _ChatResponse:
 
     async def whole(self) -> ChatCompletion:
         generation = self._generation
-        messages = [Message() for _ in generation.choices]
+        messages = [ParsedMessage() for _ in generation.choices]
         token_ids: list[list[int]] = [[] for _ in generation.choices]
         logprobs = [ChatLogprobs([]) for _ in generation.choices]
         prompt_logprobs: PromptLogprobs = [None]

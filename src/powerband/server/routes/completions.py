@@ -48,7 +48,7 @@ class CompletionRoutes:
             params = completion_params(body, model, max(len(prompt.token_ids) for prompt in prompts))
             params = await with_grammar(replica, model, body, params)
             generation = Generation(replica, model, body, prompts, params, arrival_s)
-            answer = _CompletionResponse(generation, body, replica.name)
+            answer = _CompletionResponse(generation, body, body.model or replica.name)
             return await respond(request, generation, answer, stream=bool(body.stream))
 
 

@@ -43,7 +43,7 @@ class MessagesRoutes:
             with places.translating():
                 # Every request has to have a limit, so clients send one that fits no particular model.
                 generation = await chat_generation(replica, model, chat, arrival_s, caps_max_tokens=True)
-                answer = _MessageBuilder(generation, body, replica.name)
+                answer = _MessageBuilder(generation, body, body.model or replica.name)
                 stream = bool(body.stream)
                 return await respond(request, generation, answer, stream=stream, last_event=_failed)
 

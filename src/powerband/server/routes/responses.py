@@ -50,7 +50,7 @@ class ResponsesRoutes:
             chat, places = to_chat(body)
             with places.translating():
                 generation = await chat_generation(replica, model, chat, arrival_s)
-                answer = _ResponseBuilder(generation, body, chat, replica.name)
+                answer = _ResponseBuilder(generation, body, chat, body.model or replica.name)
                 stream = bool(body.stream)
                 return await respond(request, generation, answer, stream=stream, last_event=answer.failed)
 

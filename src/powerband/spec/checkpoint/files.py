@@ -14,6 +14,7 @@ from pathlib import Path
 
 from powerband.documents import parse_json, read_bytes
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.files import open_regular
 from powerband.spec.checkpoint.safetensors import Header, read_header, unreadable
 
 INDEX = "model.safetensors.index.json"
@@ -203,7 +204,7 @@ def _same_bytes(one: tuple[Path, Header, str], other: tuple[Path, Header, str]) 
     a, b = (header.tensors[name] for _, header, name in (one, other))
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    with one[0].open("rb") as first, other[0].open("rb") as second:
+    with open_regular(one[0]) as first, open_regular(other[0]) as second:
         first.seek(one[1].data_start + a.start)
         second.seek(other[1].data_start + b.start)
         for done in range(0, a.end - a.start, _PIECE_BYTES):

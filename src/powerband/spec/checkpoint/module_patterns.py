@@ -47,7 +47,7 @@ class ModulePatterns:
                 param="quantization_config",
             )
         self._names = frozenset(texts) - frozenset(expressions)
-        self._expressions = [_Expression(text) for text in dict.fromkeys(expressions)]
+        self._expressions = [Expression(text) for text in dict.fromkeys(expressions)]
 
     def match(self, module: str) -> bool:
         """Whether one of them names the module, or a module that it is in."""
@@ -67,35 +67,36 @@ class _Instruction(NamedTuple):
 _Program = list[_Instruction]
 
 
-class _Expression:
-    """A regular expression, as a program that is run on all its ways at once."""
+class Expression:
+    """A regular expression, as a program that is run on all its ways at once. Raises UsageError, as ModulePatterns."""
 
     def __init__(self, pattern: str) -> None:
         self._program = _Compiler(pattern).program
         self._known: dict[tuple[frozenset[int], str], frozenset[int]] = {}
+        self._start = self._reached({0}, at_end=False)
 
     def match(self, text: str) -> bool:
         """Whether the beginning of `text` is matched, as by re.match."""
-        places = frozenset((0,))
-        for i in range(len(text) + 1):
-            places = self._reached(places, at_end=i == len(text))
-            if len(self._program) in places:
+        places, end = self._start, len(self._program)
+        for char in text:
+            if end in places:
                 return True
-            if i < len(text):
-                places = self._after(places, text[i])
-        return False
+            if not places:
+                return False
+            places = self._after(places, char)
+        return end in self._reached(places, at_end=True)
 
     def _after(self, places: frozenset[int], char: str) -> frozenset[int]:
         found = self._known.get((places, char))
         if found is None:
-            tests = ((place, self._program[place].test) for place in places)
-            found = frozenset(place + 1 for place, test in tests if test is not None and test(char))
+            tests = ((place, self._program[place].test) for place in places if place < len(self._program))
+            found = self._reached({place + 1 for place, test in tests if test is not None and test(char)}, at_end=False)
             if len(self._known) >= _MAX_KNOWN:
                 self._known.clear()
             self._known[places, char] = found
         return found
 
-    def _reached(self, places: frozenset[int], *, at_end: bool) -> frozenset[int]:
+    def _reached(self, places: Iterable[int], *, at_end: bool) -> frozenset[int]:
         """These places, and those that are reached from them without a character."""
         found, pending = set(places), list(places)
         while pending:

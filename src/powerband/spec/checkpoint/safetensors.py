@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from powerband.documents import LFS_POINTER, parse_json
 from powerband.errors import EnvironmentFault
+from powerband.files import open_regular
 
 LENGTH_BYTES = 8  # of the header's length, which stands before it
 _MAX_HEADER_BYTES = 100_000_000  # as the safetensors library
@@ -61,7 +62,7 @@ def unreadable(path: Path, problem: Exception) -> EnvironmentFault:
 def read_header(path: Path) -> Header:
     """The checked header of the file at `path`. Raises EnvironmentFault when the file is damaged or not there."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return read_header_from(file)
     except (OSError, ValueError) as problem:
         raise unreadable(path, problem) from problem

@@ -8,6 +8,7 @@ prices of a user ──┘
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -187,6 +188,8 @@ def local_profile(path: Path | None = None) -> DeviceProfile | None:
 def check_profile_can_be_written(path: Path) -> None:
     """Before minutes of measuring. Raises EnvironmentFault."""
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=path.parent):
             pass

@@ -16,6 +16,7 @@ from powerband.spec.checkpoint.quantized_modules import read_quantized_modules
 from powerband.spec.config_reader import shown
 from powerband.spec.deployment import KVPrecision, Quantization
 from powerband.spec.model.model_spec import ModelSpec
+from powerband.spec.model.pooling import MODULES
 from powerband.spec.model.reader import read_model_config, read_model_spec, with_stored_head
 
 
@@ -35,6 +36,13 @@ def read_for_planning(path: Path) -> tuple[ModelSpec, CheckpointPrecision]:
     config = read_model_config(path)
     plain = {name: value for name, value in config.items() if name not in QUANTIZATION_KEYS}
     spec = with_stored_head(read_model_spec(plain), path)
+    if not spec.generates or path.with_name(MODULES).is_file():
+        raise UsageError(
+            f"{path}: the model gives embeddings or scores, and plans are made for models that generate.",
+            hint="Serve it with 'powerband serve'; 'powerband memory' says what it needs.",
+            code="unsupported_model",
+            param="model",
+        )
     found = _quantization(config)
     modules = read_quantized_modules(found, _method(found)) if found is not None else None
     return replace(spec, quantized_modules=modules), stored_precision(config)

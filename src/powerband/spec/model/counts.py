@@ -44,10 +44,16 @@ def count_parameters(spec: ModelSpec) -> ParameterCounts:
     attention += (queries + 2 * keys if spec.qkv_bias else 0) + (hidden if spec.output_bias else 0)
     attention += {"none": 0, "head": 2 * spec.head_dim, "full": queries + keys}[spec.qk_norm]
     attention += spec.num_heads if spec.attention_sinks else 0
-    mlp = 3 * hidden * spec.intermediate_size + (2 * spec.intermediate_size + hidden if spec.mlp_bias else 0)
+    inner = _mlp_inputs(spec)
+    mlp = hidden * (inner + spec.intermediate_size) + (inner + hidden if spec.mlp_bias else 0)
     experts = sum(layer.num_experts for layer in spec.layers)
     width = spec.expert_intermediate_size
     embedding = spec.vocab_size * hidden
+    per_norm = hidden
+    num_norms = num_layers * (4 if spec.norm_placement == "both" else 2) + 1
+    if spec.encoder is not None:
+        embedding += (spec.encoder.num_positions + spec.encoder.num_types) * hidden
+        per_norm = 2 * hidden  # weight and bias
     return ParameterCounts(
         embedding=embedding,
         head=0 if spec.tie_embeddings else embedding,
@@ -56,7 +62,7 @@ def count_parameters(spec: ModelSpec) -> ParameterCounts:
         router=experts * (hidden + (1 if spec.router_bias else 0)),
         experts=experts * 3 * hidden * width,
         expert_biases=experts * (2 * width + hidden) if spec.expert_bias else 0,
-        norms=num_layers * hidden * (4 if spec.norm_placement == "both" else 2) + hidden,
+        norms=num_norms * per_norm,
     )
 
 
@@ -73,6 +79,8 @@ def parameter_bytes(spec: ModelSpec, dtype: str, held: WeightPrecisions) -> int:
         matrices.append((1, *head))
         plain -= counts.head
     size = plain * dtype_bytes(dtype)
+    if spec.pooling is not None:
+        size += spec.pooling.num_parameters * dtype_bytes("float32")
     for number, rows, columns in matrices:
         precision = held.head if (rows, columns) == head else held.layers
         size += number * _matrix_bytes(rows, columns, precision, dtype, held)
@@ -94,7 +102,7 @@ def _projections(spec: ModelSpec) -> list[tuple[int, int, int]]:
     return [
         (spec.num_layers, queries + 2 * keys, hidden),
         (spec.num_layers, hidden, queries),
-        (_num_dense_layers(spec), 2 * spec.intermediate_size, hidden),
+        (_num_dense_layers(spec), _mlp_inputs(spec), hidden),
         (_num_dense_layers(spec), hidden, spec.intermediate_size),
         (experts, 2 * width, hidden),
         (experts, hidden, width),
@@ -102,7 +110,12 @@ def _projections(spec: ModelSpec) -> list[tuple[int, int, int]]:
 
 
 def kv_bytes_per_token_per_layer(spec: ModelSpec, kv_dtype: str) -> int:
-    """Bytes that one position's key and value take in one layer's cache. int8: with a float32 scale for each head."""
+    """Bytes that one position's key and value take in one layer's cache. int8: with a float32 scale for each head.
+
+    An encoder computes a text at once and keeps nothing.
+    """
+    if spec.encoder is not None:
+        return 0
     if kv_dtype == "int8":
         return 2 * spec.num_kv_heads * (spec.head_dim + 4)
     return 2 * spec.num_kv_heads * spec.head_dim * dtype_bytes(kv_dtype)
@@ -160,6 +173,11 @@ def _attention_matrix_size(spec: ModelSpec) -> int:
     return 2 * spec.hidden_size * spec.head_dim * (spec.num_heads + spec.num_kv_heads)
 
 
+def _mlp_inputs(spec: ModelSpec) -> int:
+    """Rows of the matrix that a dense MLP begins with: with a gate, it is two."""
+    return (1 if spec.encoder is not None else 2) * spec.intermediate_size
+
+
 def _num_dense_layers(spec: ModelSpec) -> int:
     return sum(layer.num_experts == 0 for layer in spec.layers)
 
@@ -171,7 +189,7 @@ def _matrix_elements_per_token(spec: ModelSpec) -> int:
     expert = 3 * hidden * spec.expert_intermediate_size * spec.num_experts_per_token
     return (
         spec.num_layers * _attention_matrix_size(spec)
-        + dense * 3 * hidden * spec.intermediate_size
+        + dense * hidden * (_mlp_inputs(spec) + spec.intermediate_size)
         + (spec.num_layers - dense) * expert
         + sum(layer.num_experts for layer in spec.layers) * hidden
     )

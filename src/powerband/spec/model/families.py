@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from powerband.spec.config_reader import MAX_LAYERS, ConfigReader
+from powerband.spec.model.encoders import read_bert, read_roberta
 from powerband.spec.model.family_keys import (
     Defaults,
     check_layer_types,
@@ -248,4 +249,7 @@ FAMILIES: dict[str, Callable[[ConfigReader], ModelSpec]] = {
     "gpt_oss": _gpt_oss,
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
+    "bert": read_bert,
+    "roberta": read_roberta,
+    "xlm-roberta": read_roberta,
 }

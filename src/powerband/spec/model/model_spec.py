@@ -12,6 +12,7 @@ from typing import Literal
 
 from powerband.spec.checkpoint.quantization import WeightFormat
 from powerband.spec.checkpoint.quantized_modules import QuantizedModules
+from powerband.spec.model.pooling import PoolingSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +44,21 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelSpec:
-    """A decoder-only language model. Sizes in elements; see the methods for bytes and FLOPs."""
+class EncoderSpec:
+    """What encoders have and decoders lack: rows of learned positions and of token types, added to the embedding."""
 
-    family: str  # llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2, gpt_oss, mixtral, qwen3_moe
+    num_positions: int
+    position_offset: int  # the row of a text's first position
+    num_types: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A decoder-only language model, or an encoder. Sizes in elements; see the methods for bytes and FLOPs."""
+
+    family: (
+        str  # llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2, gpt_oss, mixtral, qwen3_moe, bert, roberta, …
+    )
     dtype: str  # as stored: float32 | float16 | bfloat16
     vocab_size: int
     hidden_size: int
@@ -86,6 +98,11 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = ()
     quantization: str | None = None  # how the checkpoint's weights are stored, e.g. "mxfp4"; None: plain
     weight_format: WeightFormat | None = None  # the details, where the engine computes with the stored values
+    # What becomes of a prompt that is pooled; None: the model cannot. No part of shape_digest, as is the next.
+    pooling: PoolingSpec | None = field(default=None, repr=False)
+    generates: bool = field(default=True, repr=False)  # False: prompts are pooled and nothing else
+    # Sees a text in both directions, with norms of mean and deviation, MLPs without a gate, no cache; None: a decoder.
+    encoder: EncoderSpec | None = field(default=None, repr=False)
     # What is quantized in a checkpoint that is planned as if it were stored in 16 bits. No part of shape_digest.
     quantized_modules: QuantizedModules | None = field(default=None, repr=False)
 

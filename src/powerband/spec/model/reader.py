@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from powerband.documents import read_json_table
 from powerband.errors import UsageError
@@ -15,6 +15,7 @@ from powerband.spec.checkpoint.quantization import QUANTIZATION_FILES, QUANTIZAT
 from powerband.spec.config_reader import MAX_POSITIONS, ConfigReader, shown
 from powerband.spec.model.families import FAMILIES
 from powerband.spec.model.model_spec import ModelSpec
+from powerband.spec.model.pooling import last_token, pooling_of_config, read_max_tokens, read_pooling
 from powerband.spec.model.rope import scaled_context
 
 _MAX_CONFIG_BYTES = 4 << 20
@@ -35,7 +36,8 @@ def read_model_spec(source: Path | str | Mapping[str, Any]) -> ModelSpec:
     if path.is_dir():
         config = path / _CONFIG
         values = read_model_config(config)
-        return _with_ends(with_stored_head(_read(values, str(config)), config), values, path)
+        spec = _with_modules(_read(values, str(config)), values, path)
+        return _with_ends(with_stored_head(spec, config), values, path)
     return with_stored_head(_read(read_model_config(path), str(path)), path)
 
 
@@ -59,7 +61,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
 
 def with_stored_head(spec: ModelSpec, config: Path) -> ModelSpec:
     """The model as the weights beside its config.json have it: a head of its own is not tied, whatever that says."""
-    is_own = spec.tie_embeddings and config.name == _CONFIG and has_own_head(config.parent)
+    is_own = spec.generates and spec.tie_embeddings and config.name == _CONFIG and has_own_head(config.parent)
     return replace(spec, tie_embeddings=False) if is_own else spec
 
 
@@ -70,7 +72,38 @@ def _read(values: Mapping[str, Any], source: str) -> ModelSpec:
         raise fields.error("it has no 'model_type', so its architecture is unknown", "model_type")
     if model_type not in FAMILIES:
         raise _unknown(fields, model_type)
-    return _with_scaled_context(FAMILIES[model_type](fields), fields)
+    spec = _with_scaled_context(FAMILIES[model_type](fields), fields)
+    pooling = pooling_of_config(fields, spec.hidden_size, is_encoder=spec.encoder is not None)
+    if pooling is None:
+        return spec
+    if pooling == last_token(spec.hidden_size) and spec.tie_embeddings:  # the head is there, whatever it was saved as
+        return replace(spec, pooling=pooling)
+    return replace(spec, pooling=pooling, generates=False, tie_embeddings=True)
+
+
+def _with_modules(spec: ModelSpec, config: Mapping[str, Any], folder: Path) -> ModelSpec:
+    """A checkpoint of sentence-transformers embeds and does not generate: its head, if it has one, is not needed."""
+    pooling = read_pooling(folder, spec.hidden_size, config)
+    if pooling is None:
+        return spec if spec.generates else _with_max_tokens(spec, folder)
+    return _with_max_tokens(replace(spec, pooling=pooling, generates=False, tie_embeddings=True), folder)
+
+
+def _with_max_tokens(spec: ModelSpec, folder: Path) -> ModelSpec:
+    return replace(spec, max_position=min(spec.max_position, read_max_tokens(folder) or spec.max_position))
+
+
+def converted(spec: ModelSpec, convert: Literal["auto", "embed"]) -> ModelSpec:
+    """The model as the setting `convert` has it. Raises UsageError where prompts already become something else."""
+    if convert == "auto" or (spec.pooling is not None and spec.pooling.task == "embed"):
+        return spec
+    if spec.pooling is not None:
+        raise UsageError(
+            "convert is 'embed', but the checkpoint is a classifier, which gives scores.",
+            hint="Leave it out, and use /v1/score or /v1/rerank.",
+            param="convert",
+        )
+    return replace(spec, pooling=last_token(spec.hidden_size))
 
 
 def _with_scaled_context(spec: ModelSpec, fields: ConfigReader) -> ModelSpec:

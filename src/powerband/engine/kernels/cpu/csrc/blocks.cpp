@@ -11,6 +11,7 @@
 #include <mutex>
 #include <vector>
 
+#include "adapters.h"
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
@@ -74,11 +75,17 @@ struct Residual {
         return {normed, x.rows, x.features};
     }
 
-    void add(const Hidden& hidden, const Projection& last, const Activations& x) const {
-        if (!post_norm) return last.multiply(x, {hidden.data, hidden.features, true});
+    void add(const Hidden& hidden, const Projection& last, const Activations& x,
+             const std::vector<AdapterRows>& adapters) const {
+        if (!post_norm) {
+            const Result result{hidden.data, hidden.features, true};
+            last.multiply(x, result);
+            return add_adapters(adapters, x, result);
+        }
         thread_local Scratch<bf16> scratch;
         bf16* sublayer = scratch.get(hidden.rows * hidden.features);
         last.multiply(x, {sublayer, hidden.features, false});
+        add_adapters(adapters, x, {sublayer, hidden.features, true});
         rms_norm_rows({sublayer, hidden.rows, hidden.features}, *post_norm, eps, hidden.data, true);
     }
 };
@@ -100,10 +107,15 @@ struct Step {
     int64_t num_decodes;
 };
 
+// What the step's adapters add to a block's first and second projection.
+struct Adapters {
+    std::vector<AdapterRows> first, second;
+};
+
 class Block {
    public:
     virtual ~Block() = default;
-    virtual void run(const Hidden& hidden, const Step& step) = 0;
+    virtual void run(const Hidden& hidden, const Step& step, const Adapters& adapters) = 0;
 };
 
 struct AttentionBlock final : Block {
@@ -118,7 +130,7 @@ struct AttentionBlock final : Block {
     double softcap;
     std::optional<Tensor> sinks;
 
-    void run(const Hidden& hidden, const Step& step) override {
+    void run(const Hidden& hidden, const Step& step, const Adapters& adapters) override {
         std::optional<Tensor> cos, sin;
         if (rotation >= 0) {
             check(rotation < static_cast<int64_t>(step.cos.size()) && step.cos.size() == step.sin.size(),
@@ -133,9 +145,10 @@ struct AttentionBlock final : Block {
         const int64_t qkv_size = heads_size + 2 * num_kv_heads * arguments.head_dim();
         bf16* projected = wide_scratch(x.rows * qkv_size);
         qkv.multiply(x, {projected, qkv_size, false});
+        add_adapters(adapters.first, x, {projected, qkv_size, true});
         bf16* attended = narrow_scratch(x.rows * heads_size);
         attend_into(projected, x.rows, arguments, attended);
-        residual.add(hidden, output, {attended, x.rows, heads_size});
+        residual.add(hidden, output, {attended, x.rows, heads_size}, adapters.second);
     }
 };
 
@@ -144,13 +157,14 @@ struct MLPBlock final : Block {
     Projection gate_up, down;
     int64_t intermediate_size, activation;
 
-    void run(const Hidden& hidden, const Step&) override {
+    void run(const Hidden& hidden, const Step&, const Adapters& adapters) override {
         const Activations x = residual.input(hidden);
         bf16* both = wide_scratch(x.rows * 2 * intermediate_size);
         gate_up.multiply(x, {both, 2 * intermediate_size, false});
+        add_adapters(adapters.first, x, {both, 2 * intermediate_size, true});
         bf16* inner = narrow_scratch(x.rows * intermediate_size);
         gated_rows({both, x.rows, 2 * intermediate_size}, activation, inner);
-        residual.add(hidden, down, {inner, x.rows, intermediate_size});
+        residual.add(hidden, down, {inner, x.rows, intermediate_size}, adapters.second);
     }
 };
 
@@ -220,11 +234,24 @@ int64_t mlp_block(std::optional<Tensor> norm, std::optional<Tensor> post_norm, d
 }
 
 void run_blocks(std::vector<int64_t> blocks, Tensor hidden, std::vector<Tensor> cos, std::vector<Tensor> sin,
-                Tensor slots, Tensor query_starts, Tensor context_lens, Tensor block_tables, int64_t num_decodes) {
+                Tensor slots, Tensor query_starts, Tensor context_lens, Tensor block_tables, int64_t num_decodes,
+                std::vector<int64_t> deltas, std::vector<int64_t> delta_starts, std::vector<int64_t> delta_ends) {
     check(hidden.dim() == 2, "hidden must be [tokens, hidden size]");
     const Hidden rows{mutable_pointer<bf16>(hidden, "hidden"), hidden.size(0), hidden.size(1)};
     const Step step{cos, sin, slots, query_starts, context_lens, block_tables, num_decodes};
-    for (const int64_t number : blocks) Blocks::instance().get(number)->run(rows, step);
+    const size_t groups = delta_starts.size();
+    check(delta_ends.size() == groups && deltas.size() == blocks.size() * 2 * groups,
+          "deltas must be [blocks, 2, groups of rows]");
+    const int64_t* next = deltas.data();
+    for (const int64_t number : blocks) {
+        Adapters adapters;
+        if (groups > 0) {
+            adapters = {adapter_rows(next, delta_starts, delta_ends),
+                        adapter_rows(next + groups, delta_starts, delta_ends)};
+            next += 2 * groups;
+        }
+        Blocks::instance().get(number)->run(rows, step, adapters);
+    }
 }
 
 void free_blocks(std::vector<int64_t> blocks) {
@@ -243,7 +270,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(powerband, m) {
         "Tensor[] down, int down_group_size, int intermediate_size, int activation) -> int");
     m.def(
         "run_blocks(int[] blocks, Tensor(a!) hidden, Tensor[] cos, Tensor[] sin, Tensor slots, Tensor query_starts, "
-        "Tensor context_lens, Tensor block_tables, int num_decodes) -> ()");
+        "Tensor context_lens, Tensor block_tables, int num_decodes, int[] deltas=[], int[] delta_starts=[], "
+        "int[] delta_ends=[]) -> ()");
     m.def("free_blocks(int[] blocks) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(powerband, CPU, m) {

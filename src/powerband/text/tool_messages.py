@@ -1,4 +1,4 @@
-"""What must be right about tool calls and their results in a conversation, before a template writes it."""
+"""Tool calls and results in a conversation: what must be right about them, and how they become plain text."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from powerband.errors import InvalidRequest
+
+# The words, and the format of calls, are those of Google's guide to function calling with Gemma 3.
+_INTRODUCTION = """\
+You have access to functions. If you decide to invoke any of the function(s),
+you MUST put it in the format of
+[func_name1(params_name1=params_value1, params_name2=params_value2...), func_name2(params)]
+
+You SHOULD NOT include any other text in the response if you call a function
+"""
 
 
 def check_tool_messages(messages: Sequence[Mapping[str, Any]]) -> None:
@@ -74,3 +83,51 @@ def _check_arguments(arguments: Any, param: str) -> None:
             hint="Send the arguments as the model wrote them, or leave out a call that is not valid.",
             param=param,
         )
+
+
+def tools_as_text(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """The conversation for a model whose chat template has no tools.
+
+    They stand in the first message, calls are text, and results are the user's.
+
+    Messages must have passed `check_tool_messages`.
+    """
+    written: list[dict[str, Any]] = []
+    for message in messages:
+        if message.get("role") == "tool":
+            result = f"```tool_output\n{_text(message)}\n```"
+            if written and written[-1].get("is_result"):  # results of parallel calls are one message
+                written[-1]["content"] += f"\n{result}"
+            else:
+                written.append({"role": "user", "content": result, "is_result": True})
+        elif message.get("tool_calls"):
+            calls = ", ".join(map(_call, message["tool_calls"]))
+            text = f"{_text(message)}\n[{calls}]".lstrip("\n")
+            kept = {key: value for key, value in message.items() if key not in ("tool_calls", "content")}
+            written.append({**kept, "content": text})
+        else:
+            written.append(dict(message))
+    for message in written:
+        message.pop("is_result", None)
+    if tools:
+        introduction = _INTRODUCTION + json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
+        if written[0].get("role") in ("system", "developer"):
+            written[0]["content"] = f"{_text(written[0])}\n\n{introduction}"
+        else:
+            written.insert(0, {"role": "system", "content": introduction})
+    return written
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "\n".join(str(part.get("text", "")) for part in content)
+
+
+def _call(call: Mapping[str, Any]) -> str:
+    function = call["function"]
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments.strip() or "{}")
+    return f"{function['name']}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"

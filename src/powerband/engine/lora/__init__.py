@@ -1,0 +1,1 @@
+"""LoRA adapters: their files read and checked, and those that are loaded, by name."""

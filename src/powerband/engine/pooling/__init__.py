@@ -1,0 +1,1 @@
+"""From the hidden states of whole prompts to one vector for each."""

@@ -1,0 +1,39 @@
+"""LiteLLM, by OpenAI's and Anthropic's APIs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import litellm
+from reporting import HI, KEY, MAX_TOKENS, MODEL, PARAMETERS, URL, Weather, check_weather, feature
+
+TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
+APIS: dict[str, Any] = {
+    "openai": {"model": f"openai/{MODEL}", "base_url": f"{URL}/v1", "api_key": KEY, "max_retries": 0},
+    "anthropic": {"model": f"anthropic/{MODEL}", "base_url": URL, "api_key": KEY, "max_retries": 0},
+}
+
+for name, api in APIS.items():
+
+    @feature(f"completion, {name}")
+    def _(api: Any = api) -> None:
+        assert litellm.completion(messages=HI, max_tokens=MAX_TOKENS, **api).choices[0].message.content
+        chunks = litellm.completion(messages=HI, max_tokens=MAX_TOKENS, stream=True, **api)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    @feature(f"completion, {name}, tools")
+    def _(api: Any = api) -> None:
+        choice = {"type": "function", "function": {"name": "weather"}}
+        answer = litellm.completion(messages=HI, tools=[TOOL], tool_choice=choice, max_tokens=MAX_TOKENS, **api)
+        check_weather(answer.choices[0].message.tool_calls[0].function.arguments)
+
+
+@feature("completion, openai, response_format")
+def _() -> None:
+    answer = litellm.completion(messages=HI, response_format=Weather, **APIS["openai"])
+    check_weather(answer.choices[0].message.content)
+
+
+@feature("responses, openai")
+def _() -> None:
+    assert litellm.responses(input="What does os.path.join do?", max_output_tokens=MAX_TOKENS, **APIS["openai"]).output

@@ -1,0 +1,59 @@
+"""How the programs beside this one report: `python openai_client.py URL MODEL` prints a line of JSON for each feature.
+
+They run in environments that have their client and nothing of Powerband. `URL` is the server's, without /v1.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+URL, MODEL = sys.argv[1:3]
+KEY = "none"
+HI: list[Any] = [{"role": "user", "content": "What does os.path.join do?"}]
+MAX_TOKENS = 60
+
+
+class Weather(BaseModel):
+    """The weather of a city."""
+
+    city: Literal["Oslo", "Lima", "Pune"]
+    days: Literal[1, 2, 3]  # Anthropic's client leaves bounds out of the schema that it sends
+
+
+PARAMETERS = {**Weather.model_json_schema(), "additionalProperties": False}
+
+
+def feature(name: str) -> Callable[[Callable[[], Any]], None]:
+    """Run the function at once; it works unless it raises."""
+
+    def run(check: Callable[[], Any]) -> None:
+        problem = ""
+        try:
+            check()
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"[:500]
+        sys.stdout.write(json.dumps({"feature": name, "problem": problem}) + "\n")
+        sys.stdout.flush()
+
+    return run
+
+
+def refusal(call: Callable[[], Any]) -> Exception:
+    """The error of a call that has to fail."""
+    try:
+        call()
+    except Exception as error:
+        return error
+    raise AssertionError("this was taken")
+
+
+def check_weather(arguments: Any) -> None:
+    """arguments: an object, its JSON, or a Weather."""
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    Weather.model_validate(arguments.model_dump() if isinstance(arguments, BaseModel) else arguments)
