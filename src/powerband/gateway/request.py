@@ -35,6 +35,7 @@ class GatewayRequest(DispatchRequest):
     max_output_tokens: int | None = None  # upper bound, for limits; None: output_tokens
     is_open_ended: bool = False  # no max_tokens: the output ends with the context
     num_sequences: int = 1  # to generate: n or best_of of each prompt
+    adapter: str = ""  # the model is a LoRA adapter of this name at the replicas
     trace: TraceContext | None = None  # to send to replicas
 
 
