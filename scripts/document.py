@@ -337,6 +337,7 @@ PLAN_TABLES: tuple[tuple[str, str, type, dict[str, str]], ...] = (
             "output": "length of an answer",
             "prefix": "what prompts have in common: `tokens` (lengths), `groups` (number of different ones), `share`"
             " (of requests that have one), `skew` (0: all alike; else Zipf's exponent)",
+            "form": "of the answers: `text`, `tools` (calls) or `structured` (JSON by a schema)",
             "conversation": "`turns` (lengths) and `think_s`: requests that wait for each other's answers",
         },
     ),

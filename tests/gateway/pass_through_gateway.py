@@ -24,6 +24,8 @@ def serving(
     revision = f"p{next(_REVISIONS)}"
     with contextlib.ExitStack() as stack:
         found = [stack.enter_context(vllm_replica.vllm_replica(one)) for one in responders or (vllm_replica.respond,)]
+        for one in found if engine == "powerband" else ():
+            one.paths = (*one.paths, "/readyz")
         replicas = [
             {"id": f"{revision}-{number}", "url": one.url, "model": "inner", "engine": engine}
             for number, one in enumerate(found)

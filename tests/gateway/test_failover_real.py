@@ -27,13 +27,13 @@ REQUESTS: dict[str, tuple[str, dict[str, object]]] = {
 
 
 @contextlib.contextmanager
-def replica(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def replica(folder: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """`powerband serve demo`, in its own process group. float32: then a prompt read at once rounds as tokens did."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "powerband", "serve", "demo", f"--port={port}", "--threads=1"]
-    command += ["--dtype=float32", "--max-model-len=256", "--kv-cache-memory=16MiB"]
+    command += ["--dtype=float32", "--max-model-len=256", "--kv-cache-memory=16MiB", *flags]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("POWERBAND_")}
     with (folder / f"replica-{port}.log").open("wb") as log:
         process = subprocess.Popen(command, stderr=log, stdout=log, start_new_session=True, env=environment)

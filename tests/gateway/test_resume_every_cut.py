@@ -36,6 +36,13 @@ SAMPLED = {"temperature": 1.2, "top_p": 0.9, "seed": 7, "ignore_eos": True}
 IDS = {"return_token_ids": True}
 USAGE = {"stream_options": {"include_usage": True}}
 PENALISED = {"repetition_penalty": 1.3, "presence_penalty": 0.9, "frequency_penalty": 0.7}
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "green"]}, "size": {"type": "integer", "maximum": 99}},
+    "required": ["colour", "size"],
+    "additionalProperties": False,
+}
+FORM = {"response_format": {"type": "json_schema", "json_schema": {"name": "shirt", "schema": SCHEMA}}}
 HALVES = {"allowed_token_ids": [*range(128, 256)], "max_tokens": 20}  # bytes of letters that have several
 
 REQUESTS: dict[str, tuple[Endpoint, dict[str, Any]]] = {
@@ -51,6 +58,8 @@ REQUESTS: dict[str, tuple[Endpoint, dict[str, Any]]] = {
     "half letters": ("completions", {**TEXT, **SAMPLED, **HALVES}),
     "half letters and stop strings": ("chat", {**CHAT, **SAMPLED, **HALVES, "stop": ["\ufffd\ufffd\ufffd\ufffd"]}),
     "until its own end": ("chat", {**CHAT, "max_tokens": 60, "temperature": 0}),
+    "by a schema": ("chat", {**CHAT, **FORM, "max_tokens": 60, "temperature": 1.2, "seed": 7, **USAGE}),
+    "by a regular expression": ("completions", {**TEXT, "structured_outputs": {"regex": "(ab|cd){6}"}, "seed": 7}),
     "with a least length": ("completions", {**TEXT, **SAMPLED, "min_tokens": 12, "stop": ["e"], **IDS}),
 }
 
@@ -121,6 +130,7 @@ class Client:
 
     def __init__(self) -> None:
         self.seen: dict[str, Any] = {"text": "", "ids": [], "logprobs": [], "roles": 0, "reason": [], "usage": None}
+        self.seen |= {"reasoning": "", "calls": [], "reasoning_tokens": None}
         self.names: set[tuple[Any, ...]] = set()
 
     def read(self, told: bytes) -> None:
@@ -133,12 +143,20 @@ class Client:
                 self._read_choice(choice)
             usage = value.get("usage") or {}  # what was cached may differ
             self.seen["usage"] = usage.get("total_tokens") or self.seen["usage"]
+            details = usage.get("completion_tokens_details") or {}
+            self.seen["reasoning_tokens"] = details.get("reasoning_tokens", self.seen["reasoning_tokens"])
 
     def _read_choice(self, choice: dict[str, Any]) -> None:
         seen, delta = self.seen, choice.get("delta", {})
         seen["text"] += choice.get("text") or delta.get("content") or ""
         seen["ids"] += choice.get("token_ids") or []
         seen["roles"] += "role" in delta
+        seen["reasoning"] += delta.get("reasoning_content") or ""
+        for call in delta.get("tool_calls") or ():
+            if "id" in call:  # random, and sent once, with the name
+                assert call["index"] == len(seen["calls"])
+                seen["calls"].append([call["function"]["name"], ""])
+            seen["calls"][call["index"]][1] += call["function"].get("arguments", "")
         seen["reason"] += [choice["finish_reason"]] if choice["finish_reason"] else []
         logprobs = choice.get("logprobs") or {}
         names = ("tokens", "token_logprobs", "text_offset")
@@ -162,8 +180,13 @@ def told(events: list[bytes], state: StreamState, client: Client, cut: int | Non
             client.read(state.process_event(data, 0.0))
 
 
-def cut_and_resumed(url: str, endpoint: Endpoint, body: dict[str, Any], size: int) -> tuple[Client, list[Client], int]:
-    """Clients of the whole stream, and of the stream cut after each of its events, then cut again two events on."""
+def cut_and_resumed(
+    url: str, endpoint: Endpoint, body: dict[str, Any], size: int, every: int = 1
+) -> tuple[Client, list[Client], int]:
+    """Clients of the whole stream, and of the stream cut after each of its events, then cut again two events on.
+
+    every: cut only after the last of so many events.
+    """
     address = ReplicaAddress(id="r", url=url, model="demo")
     client_request = ClientRequest(json.dumps(body).encode(), endpoint)
     events = joined(asked(url, PATHS[endpoint], client_request.upstream_body(address, ANONYMOUS)), size)
@@ -173,7 +196,8 @@ def cut_and_resumed(url: str, endpoint: Endpoint, body: dict[str, Any], size: in
     told(events, state, whole)
     assert state.is_finished
     found = []
-    cuts = [cut for cut in range(1, len(events)) if events[cut] != END]
+    assert events[-1] == END
+    cuts = range(len(events) - 2, 0, -every)[::-1]
     for cut in cuts:
         client, state = Client(), StreamState(client_request, "demo")
         resumer = Resumer(client_request, state, UpstreamClient(), ANONYMOUS)

@@ -122,5 +122,6 @@ def test_an_unknown_name_is_told_with_those_there_are():
     with pytest.raises(UsageError) as caught:
         preset("chatt")
     assert str(caught.value) == (
-        "Unknown workload 'chatt'. There are: chat, conversation, rag, summarization, code, agent, offline."
+        "Unknown workload 'chatt'. There are: chat, conversation, rag, summarization, code, agent, offline, tools, "
+        "structured."
     )

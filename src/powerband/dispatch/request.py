@@ -27,6 +27,7 @@ class DispatchRequest:
     deadline_s: float | None = None  # by which the first token is wanted
     session: str = ""  # requests of one session share a growing prompt prefix
     prefix_keys: tuple[bytes, ...] = ()  # chained keys of the prompt's blocks, see `prefix`
+    backends: frozenset[str] | None = None  # ids of those that can serve it; None: all
     num_crashes: int = 0  # of replicas that crashed or hung while they ran it, and for which it may be the cause
     crashed_s: float = -math.inf  # the last crash; the next replica must have shown life since then
 

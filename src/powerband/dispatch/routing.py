@@ -188,11 +188,13 @@ def without(avoid: Collection[str], free: list[Backend], serving: list[Backend])
 def open_to(
     request: DispatchRequest, avoid: Collection[str], free: list[Backend], serving: list[Backend], now_s: float
 ) -> list[Backend]:
-    """The free backends, without those to avoid and those that pause the request's tenant.
+    """The free backends that can serve the request, without those to avoid and those that pause its tenant.
 
     After a crash, only those that have shown life since: if several crash for a common reason, such as a power cut, a
     retry at another one that is dead would look as if the request had crashed that one, too.
     """
+    if (able := request.backends) is not None:
+        free, serving = ([one for one in some if one.id in able] for some in (free, serving))
     among = [
         backend for backend in without(avoid, free, serving) if backend.backoff.allows_tenant(request.tenant, now_s)
     ]

@@ -70,6 +70,7 @@ class EngineAdapter:
     owned_by: str = ""  # the owner of its models in GET /v1/models, in lower case
 
     # To plan and start replicas.
+    lists_adapters: bool = False  # GET /v1/models lists LoRA adapters, with the model as their `parent`
     capabilities: EngineCapabilities = field(default_factory=EngineCapabilities)
     # Raises UsageError for an unsupported setting, EnvironmentFault if the engine or the key is missing.
     command: Callable[[LaunchRequest], Command] = _no_command

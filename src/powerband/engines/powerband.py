@@ -134,6 +134,7 @@ POWERBAND = EngineAdapter(
         )
     ),
     supports_n=True,
+    lists_adapters=True,
     returns_token_ids=True,
     tenant_fields=_tenant_fields,
     retry_after_is_per_request=True,

@@ -259,6 +259,7 @@ VLLM = EngineAdapter(
     },
     histograms={"ttft": b"vllm:time_to_first_token_seconds", "queue": b"vllm:request_queue_time_seconds"},
     supports_n=True,
+    lists_adapters=True,
     returns_token_ids=True,
     tenant_fields=_tenant_fields,
     complete_stream=_complete_stream,

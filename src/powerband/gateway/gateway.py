@@ -43,13 +43,35 @@ _MAX_ROUTES_BYTES = 256 << 20
 
 @dataclass(slots=True)
 class ServedModel:
-    """A model, its pool, the task that probes its replicas, and estimates of its responses' sizes."""
+    """A model, its pool, the task that probes its replicas, and estimates of its responses' sizes.
+
+    holders: of a LoRA adapter, the ids of the replicas that list it. The pool is its base model's.
+    """
 
     route: ModelRoute
     pool: Pool
     probing: asyncio.Task[None]
     estimates: TokenEstimates = field(default_factory=TokenEstimates)
     context_lengths: ContextLengths = field(default_factory=ContextLengths)
+    holders: frozenset[str] | None = None
+
+    @property
+    def adapter(self) -> str:
+        """Its name at the replicas; '': it is no adapter."""
+        return "" if self.holders is None else self.route.name
+
+    @property
+    def prefix_salt(self) -> bytes:
+        """Prefix caches keep what an adapter computed apart."""
+        return self.adapter.encode()
+
+    def with_adapter(self, name: str) -> ServedModel | None:
+        """An adapter of this model as a model of its own. None: no replica lists it."""
+        holders = frozenset(id for id, names in self.pool.adapters.items() if name in names)
+        if not holders:
+            return None
+        replicas = tuple(replace(one, model=name) for one in self.route.replicas if one.id in holders)
+        return replace(self, route=replace(self.route, name=name, aliases=(), replicas=replicas), holders=holders)
 
 
 def owner_of(request: Request) -> str:
@@ -168,10 +190,10 @@ class Gateway:
         return ServedModel(model, pool, asyncio.create_task(prober.run(), name=f"probe {model.name}"))
 
     def served(self, name: str | None) -> ServedModel:
-        """By name or alias; None: the only model. Raises HttpError 404."""
+        """By name or alias, or by the name of an adapter; None: the only model. Raises HttpError 404."""
         if name is None and len(self._served) == 1:
             return next(iter(self._served.values()))
-        found = self._names.get(name or "")
+        found = self._names.get(name or "") or self._adapter(name or "")
         if found is None:
             shown = (
                 f"There is no model {name[:80]!r}." if name else "The request names no model, and there are several."
@@ -181,6 +203,15 @@ class Gateway:
             hint = f"Served: {', '.join(sorted(self._names)[:8])}." if self._names else ""
             raise HttpError(404, "model_not_found", shown, param="model", hint=hint)
         return found
+
+    def _adapter(self, name: str) -> ServedModel | None:
+        found = (served.with_adapter(name) for served in self._served.values())
+        return next((one for one in found if one is not None), None)
+
+    def adapters(self) -> set[str]:
+        """The names of LoRA adapters that are no model's."""
+        pools = [served.pool for served in self._served.values()]
+        return {name for pool in pools for names in pool.adapters.values() for name in names} - self._names.keys()
 
     def names(self) -> list[str]:
         return list(self._names)

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from powerband.gateway.accounts.accounts import Accounts
-from powerband.gateway.gateway import Gateway
+from powerband.gateway.gateway import Gateway, ServedModel
 from powerband.gateway.observability.metrics import GatewayMetrics, GaugeSnapshot
 from powerband.web.errors import HttpError, json_response
 
@@ -38,13 +38,15 @@ class InfoRoutes:
         return json_response({"version": version("powerband")})
 
     async def models(self, _request: Request) -> Response:
-        """All served names, including aliases."""
-        cards = await asyncio.gather(*(self._card(name) for name in self._gateway.names()))
+        """All served names, including aliases, and the adapters that replicas list."""
+        names = (*self._gateway.names(), *sorted(self._gateway.adapters()))
+        served = [self._gateway.served(name) for name in names]
+        cards = await asyncio.gather(*map(self._card, names, served))
         return json_response({"object": "list", "data": cards})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        return json_response(await self._card(name))
+        return json_response(await self._card(name, self._gateway.served(name)))
 
     async def metrics(self, _request: Request) -> Response:
         figures = self._accounts.figures()
@@ -61,12 +63,13 @@ class InfoRoutes:
             await asyncio.sleep(0)
         return Response(b"".join(parts), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    async def _card(self, name: str) -> dict[str, Any]:
+    async def _card(self, name: str, served: ServedModel) -> dict[str, Any]:
         """With the largest context of the model's replicas, as they list it; without, where none does."""
-        served = self._gateway.served(name)
         card: dict[str, Any] = {"id": name, "object": "model", "created": self._created_s, "owned_by": "powerband"}
         if name != served.route.name:
             card["root"] = served.route.name
+        if served.adapter:
+            card["parent"] = served.pool.model
         context = await served.context_lengths.largest(served.route.replicas, self._gateway.upstream)
         if context is not None:
             card["max_model_len"] = context

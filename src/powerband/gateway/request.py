@@ -35,6 +35,7 @@ class GatewayRequest(DispatchRequest):
     max_output_tokens: int | None = None  # upper bound, for limits; None: output_tokens
     is_open_ended: bool = False  # no max_tokens: the output ends with the context
     num_sequences: int = 1  # to generate: n or best_of of each prompt
+    adapter: str = ""  # the model is a LoRA adapter of this name at the replicas
     trace: TraceContext | None = None  # to send to replicas
 
 
@@ -55,4 +56,5 @@ class CompletedRequest:
     failed: tuple[tuple[str, str], ...] = ()  # failed attempts: replica and error code; rejections (429, 503) excluded
     resumed: int = 0  # how often another replica resumed the stream
     finish_reason: str = ""
+    reasoning_tokens: int | None = None  # of the output; None: the replica does not count them
     sequence: int = field(default=0)  # of the completed request, from 1, for /admin/records

@@ -61,6 +61,12 @@ DEFINITIONS = (
     ),
     Definition("goodput", "requests that succeeded and met every SLO / second", ""),
     Definition(
+        "valid",
+        "answers that have the form that was asked for / answers",
+        "Of the workloads `tools` and `structured`: the call is of one of the tools, with arguments by its schema; the "
+        "answer is JSON by the schema. An invalid answer misses the SLO and is not in goodput.",
+    ),
+    Definition(
         "throughput",
         "tokens that arrived within the measured window / its length",
         "The window begins after the warm-up and ends with the last arrival: the time in which the rest is answered is "

@@ -131,6 +131,7 @@ class Summary:
     figures: dict[str, Distribution]  # ttft, service_ttft, tpot, itl, stall, e2e, send_lag
     late: int  # requests that were sent later than max_lag_s
     max_lag_s: float
+    valid_share: float | None = None  # of the answers whose form was checked; None: none was
     undecided: int = 0  # aborted by the client before any limit had passed: neither kept nor missed the SLO
 
     @property
@@ -166,6 +167,7 @@ def summarize(records: Sequence[RequestRecord], window: Window, slo: SLO | None 
     prompt_tokens = sum(record.prompt_tokens for record in answered)
     cached = sum(record.cached_tokens for record in answered)
     figures = _figures(counted, answered)
+    checked = [record.is_valid for record in answered if record.is_valid is not None]
     median_s = figures["ttft"].percentiles[50.0] if "ttft" in figures else None
     max_lag_s = max(MAX_LAG_S, MAX_LAG_RATIO * (median_s or 0.0))
     return Summary(
@@ -186,6 +188,7 @@ def summarize(records: Sequence[RequestRecord], window: Window, slo: SLO | None 
         figures=figures,
         late=sum(record.send_lag_s > max_lag_s for record in _sent(counted)),
         max_lag_s=max_lag_s,
+        valid_share=sum(checked) / len(checked) if checked else None,
         undecided=len(all_verdicts) - len(verdicts),
     )
 

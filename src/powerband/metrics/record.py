@@ -41,6 +41,7 @@ class RequestRecord:
     output_tokens: int = 0
     cached_tokens: int = 0
     ended_s: float | None = None  # when an aborted request was abandoned; None: at its last chunk
+    is_valid: bool | None = None  # whether the answer has the form that was asked for; None: not checked
 
     @property
     def send_lag_s(self) -> float:

@@ -18,6 +18,7 @@ FIGURES = {
     "e2e": "E2E",
     "send_lag": "send lag",
 }
+INVALID = {"invalid": "without the form that was asked for"}  # a reason to miss an SLO
 OUTCOMES = {
     Outcome.OK.value: "answered",
     Outcome.ERROR.value: "failed",

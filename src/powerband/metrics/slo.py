@@ -23,7 +23,7 @@ def slo_misses(record: RequestRecord, slo: SLO) -> list[str] | None:
         return _passed_limits(record, slo) or None
     if record.outcome is not Outcome.OK:
         return [record.outcome.value]
-    found = []
+    found = ["invalid"] if record.is_valid is False else []
     for name, limit_s in slo.limits.items():
         value: float | None = getattr(record, f"{name}_s")
         if value > limit_s if value is not None else name in ("ttft", "e2e"):

@@ -83,14 +83,26 @@ class ChunkUsageDetails(msgspec.Struct, gc=False):
     cached_tokens: Count | None = None
 
 
+class ChunkOutputDetails(msgspec.Struct, gc=False):
+    reasoning_tokens: Count | None = None
+
+
 class ChunkUsage(msgspec.Struct, gc=False):
+    """completion_tokens include the reasoning."""
+
     prompt_tokens: Count | None = 0
     completion_tokens: Count | None = 0
     prompt_tokens_details: ChunkUsageDetails | None = None
+    completion_tokens_details: ChunkOutputDetails | None = None
 
     @property
     def cached_tokens(self) -> int:
         return (self.prompt_tokens_details and self.prompt_tokens_details.cached_tokens) or 0
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """None: the server does not count them."""
+        return None if self.completion_tokens_details is None else self.completion_tokens_details.reasoning_tokens
 
 
 class Chunk(msgspec.Struct, gc=False):

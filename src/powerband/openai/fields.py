@@ -42,6 +42,7 @@ class MessageFields(msgspec.Struct, gc=False):
 class ListedModel(msgspec.Struct, gc=False):
     id: str
     owned_by: str | None = None
+    parent: object = None  # of a LoRA adapter: its base model (vLLM, Powerband)
     max_model_len: object = None  # vLLM, SGLang, Powerband
     listed_length: object = msgspec.field(default=None, name="context_length")  # OpenRouter and others
     context_window: object = None  # Groq

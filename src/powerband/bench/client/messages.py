@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from powerband.metrics.record import Outcome, RequestRecord
+from powerband.spec.workload.workload import AnswerForm
 
 Endpoint = Literal["completions", "chat"]
 
@@ -19,6 +20,7 @@ class ServerAddress(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     headers: dict[str, str] = {}
     extra: dict[str, object] = {}  # into every body, over what would be there
+    form: AnswerForm = "text"  # of the answers, see `answer_forms`
     ignore_eos: bool = True  # as many output tokens as the schedule says
     max_model_len: int | None = None  # tokens of prompt and output together; None: not known
     words_per_token: float = 1.0  # of the prompts that are made up, on this server
@@ -101,6 +103,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cached_tokens: int = 0
     counted_by: Literal["usage", "chunks"] = "usage"  # who said how many output tokens there were
     ended_s: float | None = None  # when an aborted request was abandoned
+    is_valid: bool | None = None  # whether the answer has the form that was asked for; None: of none, or no answer
 
     def record(self) -> RequestRecord:
         return RequestRecord(
@@ -113,6 +116,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             output_tokens=self.output_tokens,
             cached_tokens=self.cached_tokens,
             ended_s=self.ended_s,
+            is_valid=self.is_valid,
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from powerband.bench.client.answer_forms import FIELDS, MAX_FORM_TOKENS
 from powerband.bench.client.messages import RequestMessage, SegmentMessage, ServerAddress
 from powerband.http_client.connection import request_head
 
@@ -95,6 +96,8 @@ class ConversationPrompts:
         else:
             self._text = f"{self._text} {new}" if self._text else new
             fields |= {"prompt": self._text, "max_tokens": request.output_tokens}
+        if target.form != "text":
+            fields |= {**FIELDS[target.form], "max_tokens": max(request.output_tokens, MAX_FORM_TOKENS)}
         if target.ignore_eos:
             fields |= {"ignore_eos": True}
         for name in target.rejected_fields:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from powerband.http_client.connection import CollectedResponse
-from powerband.openai.chunks import NO_ERROR, ChunkChoice, ChunkUsage, InvalidChunk, read_chunk
+from powerband.openai.chunks import NO_ERROR, ChunkChoice, ChunkDelta, ChunkUsage, InvalidChunk, read_chunk
 from powerband.openai.errors import read_error
 from powerband.openai.events import END, EventReader
 
@@ -20,6 +22,8 @@ class ParsedResponse:
     times_s: list[float] = field(default_factory=list)  # of the chunks that carry tokens, on the monotonic clock
     tokens: list[int] = field(default_factory=list)
     text: str = ""
+    content: str = ""  # of a chat, without reasoning
+    calls: dict[int, list[str]] = field(default_factory=dict)  # of a chat: names and arguments
     finish_reason: str = ""
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -60,6 +64,8 @@ def parse_response(answer: CollectedResponse) -> ParsedResponse:
             reading.finish_reason = choice.finish_reason or reading.finish_reason
             times_s.append(time_s)
             texts.append(_token_text(choice))
+            if choice.delta is not None:
+                _add_delta(reading, choice.delta)
             totals.append(event.usage.completion_tokens if event.usage is not None else None)
     if not reading.problem and not has_ended:
         reading.problem = "the stream ended before its answer did"
@@ -87,6 +93,33 @@ def _token_text(choice: ChunkChoice) -> str | None:
         texts = content, delta.reasoning_content or delta.reasoning
         return "".join(text for text in texts if isinstance(text, str))
     return None if content is None or delta.role is not None or choice.finish_reason else ""
+
+
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _Call(msgspec.Struct):
+    index: int = 0
+    function: _Function | None = None
+
+
+def _add_delta(reading: ParsedResponse, delta: ChunkDelta) -> None:
+    if isinstance(delta.content, str):
+        reading.content += delta.content
+    if not delta.has_calls:
+        return
+    try:
+        calls = msgspec.json.decode(delta.tool_calls, type=list[_Call])
+    except msgspec.MsgspecError as problem:
+        reading.problem = reading.problem or f"invalid tool calls: {problem}"
+        return
+    for call in calls:
+        whole = reading.calls.setdefault(call.index, ["", ""])
+        if call.function is not None:
+            whole[0] += call.function.name or ""
+            whole[1] += call.function.arguments or ""
 
 
 def _add_usage(reading: ParsedResponse, usage: ChunkUsage) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from powerband.bench.client.answer_forms import is_valid
 from powerband.bench.client.messages import (
     FILE_LIMIT,
     IN_FLIGHT,
@@ -223,10 +224,14 @@ class LoadWorker:
                 prompt_tokens=reading.prompt_tokens,
                 output_tokens=reading.output_tokens,
                 cached_tokens=reading.cached_tokens,
+                is_valid=self._is_valid(reading) if outcome is Outcome.OK else None,
                 counted_by="usage" if reading.counted_by_usage else "chunks",
                 ended_s=self._stopped_s if outcome is Outcome.ABORTED else None,
             )
         )
+
+    def _is_valid(self, reading: ParsedResponse) -> bool | None:
+        return is_valid(self._job.target.form, reading.content, list(reading.calls.values()))
 
     async def _report(self, send: MessageWriter) -> None:
         while True:

@@ -36,6 +36,7 @@ from powerband.metrics.definitions import DEFINITIONS, PERCENTILES, PREAMBLE
 from powerband.metrics.record import Outcome, percentile
 from powerband.metrics.shown import (
     FIGURES,
+    INVALID,
     OUTCOMES,
     digits,
     plain,
@@ -113,7 +114,7 @@ def _facts(report: RunReport) -> list[tuple[str, str]]:
 def _point(point: Point, load: LoadResult, max_scatter: int) -> dict[str, Any]:
     summary, samples = point.summary, load.samples
     answered = [sample for sample in samples if sample.outcome is Outcome.OK and sample.scheduled_s in summary.window]
-    names = FIGURES | OUTCOMES
+    names = FIGURES | OUTCOMES | INVALID
     return {
         "label": plain(point.label),
         "offered": {"kind": point.offered.kind, "value": point.offered.value, "text": str(point.offered)},
@@ -161,6 +162,8 @@ def _tiles(point: Point, samples: Sequence[Sample]) -> list[tuple[str, str, str]
             p99 = figure.percentiles[99.0]
             note = f"p99 {time_text(p99)}" if p99 is not None else f"{time_text(figure.maximum)} at most"
             tiles.append((f"{FIGURES[name]}, median", time_text(figure.percentiles[50.0]), note))
+    if summary.valid_share is not None:
+        tiles.append(("Valid", share_text(summary.valid_share), "of the answers have the form asked for"))
     of_all = f"of {count_text(summary.scheduled, 'request')}"
     in_flight = summary.outcomes.get(Outcome.ABORTED.value, 0)
     failed = summary.scheduled - in_flight - summary.outcomes.get(Outcome.OK.value, 0)
@@ -296,7 +299,9 @@ def _slowest(answered: Sequence[Sample], slo: SLO | None) -> list[dict[str, Any]
             "prompt_tokens": sample.prompt_tokens,
             "cached_tokens": sample.cached_tokens,
             "output_tokens": sample.output_tokens,
-            "missed": [FIGURES[name] for name in slo_misses(sample.record(), slo) or ()] if slo is not None else [],
+            "missed": [(FIGURES | INVALID)[name] for name in slo_misses(sample.record(), slo) or ()]
+            if slo is not None
+            else [],
         }
         for sample in done[:SLOWEST]
     ]

@@ -235,7 +235,7 @@ def build_point(
         client=_client(result, summary, ceiling_chunks_per_s),
         server=result.server,
         errors=error_groups(result.samples),
-        short_answers=sum(sample.output_tokens < sample.asked_tokens for sample in answered),
+        short_answers=sum(one.output_tokens < one.asked_tokens and one.is_valid is None for one in answered),
         uncounted=sum(sample.counted_by == "chunks" for sample in answered),
         unsent=result.unsent,
         wall_s=result.wall_s,

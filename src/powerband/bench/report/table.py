@@ -13,6 +13,7 @@ from powerband.bench.report.results import Point, RunReport
 from powerband.metrics.figures import PERCENTILES
 from powerband.metrics.shown import (
     FIGURES,
+    INVALID,
     NONE,
     OUTCOMES,
     digits,
@@ -93,6 +94,7 @@ def _full_point(point: Point) -> Iterator[RenderableType]:
     for name, text in [
         ("Throughput", throughput_text(point)),
         ("Requests", outcomes_text(point)),
+        ("Valid", valid_text(point)),
         ("Misses", misses_text(point)),
         ("Client", client_text(point)),
         ("Server", server_text(point)),
@@ -181,8 +183,13 @@ def outcomes_text(point: Point) -> str:
     return text
 
 
+def valid_text(point: Point) -> str:
+    share = point.summary.valid_share
+    return "" if share is None else f"{share_text(share)} of the answers have the form that was asked for"
+
+
 def misses_text(point: Point) -> str:
-    names = {name: f"by {shown}" for name, shown in FIGURES.items()} | OUTCOMES
+    names = {name: f"by {shown}" for name, shown in FIGURES.items()} | OUTCOMES | INVALID
     misses = sorted(point.summary.misses.items(), key=lambda item: -item[1])
     return ", ".join(f"{count:,} {names[name]}" for name, count in misses)
 

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 from cyclopts import Group, Parameter
 
 from powerband.cli.bench.options import RequestOptions, SLOFlags, TargetFlags
@@ -22,6 +23,7 @@ from powerband.cli.tables import print_table
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.quantities import number, seconds
 from powerband.spec.workload.options import requested_load
+from powerband.spec.workload.workload import RequestMix
 
 if TYPE_CHECKING:
     from powerband.bench.client.messages import ServerAddress
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from powerband.bench.session import BenchSession, Experiment
     from powerband.fault_injection.faults import FaultResult
     from powerband.spec.plan import Plan
+    from powerband.spec.workload.workload import Workload
 
 DEFAULT_URL = "http://localhost:8000"
 MISSED, INVALID, NO_ANSWER = 1, 3, 4
@@ -248,7 +251,7 @@ def _experiment(
     known = known_client_capacity()
     url = {None: "", "none": None}.get(server.metrics_url, server.metrics_url)
     return Experiment(
-        target=target,
+        target=_asking_for_form(target, workload, server),
         workload=workload,
         duration_s=asked.duration_s,
         num_requests=asked.num_requests,
@@ -263,6 +266,18 @@ def _experiment(
         ),
         ceiling_chunks_per_s=known.chunks_per_s if known is not None else None,
     )
+
+
+def _asking_for_form(target: ServerAddress, workload: Workload, flags: TargetFlags) -> ServerAddress:
+    """The target with what the workload asks of answers. Raises UsageError where another endpoint is named."""
+    form = workload.requests.form if isinstance(workload.requests, RequestMix) else "text"
+    if form == "text":
+        return target
+    if target.endpoint != "chat" and (flags.endpoint or flags.backend):
+        raise UsageError(
+            f"The workload '{form}' is of chats.", hint="Leave --endpoint out, or name chat.", param="endpoint"
+        )
+    return msgspec.structs.replace(target, endpoint="chat", form=form, ignore_eos=False)
 
 
 def _plan(path: Path, load: ArrivalOptions, requests: RequestOptions, judging: SLOFlags) -> Plan:

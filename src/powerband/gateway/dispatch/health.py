@@ -26,6 +26,7 @@ from powerband.engines.metrics import first_total
 from powerband.gateway.dispatch.pool import Pool
 from powerband.gateway.options import NO_DESCRIPTORS
 from powerband.gateway.routes import ReplicaAddress
+from powerband.openai.fields import read_models
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ Fetch = Callable[[ReplicaAddress, str, float], Awaitable[tuple[int, bytes]]]
 _TICK_S = 0.05
 _HELD_UP_S = 0.4  # a longer gap between two steps means that this process itself was stalled
 _LOAD_TIMEOUT_S = 2.0
+_ADAPTERS_INTERVAL_S = 2.0
 
 
 class _Ready(msgspec.Struct):
@@ -52,6 +54,7 @@ class Prober:
         self._pool, self._fetch = pool, fetch
         self._due_s: dict[str, float] = {}
         self._load_due_s: dict[str, float] = {}
+        self._adapters_due_s: dict[str, float] = {}
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._step_s = pool.clock()
         self._held_up_s = 0.0  # when this process was last found stalled
@@ -75,7 +78,7 @@ class Prober:
         pool, options, now_s = self._pool, self._pool.options, self._pool.clock()
         self._note_delay(now_s)
         backends = {backend.id: backend for backend in pool.backends}
-        for due_s in (self._due_s, self._load_due_s):
+        for due_s in (self._due_s, self._load_due_s, self._adapters_due_s):
             for gone in due_s.keys() - backends.keys():
                 del due_s[gone]
         for backend in backends.values():
@@ -87,6 +90,9 @@ class Prober:
             is_due = backend.is_ready and now_s >= self._load_due_s.get(backend.id, 0.0)
             if is_due and self._begin("load", backend, self._read_load):
                 self._load_due_s[backend.id] = now_s + options.metrics_interval_s
+            is_due = backend.is_ready and now_s >= self._adapters_due_s.get(backend.id, 0.0)
+            if is_due and self._begin("adapters", backend, self._read_adapters):
+                self._adapters_due_s[backend.id] = now_s + _ADAPTERS_INTERVAL_S
             # A long step is no fault: Powerband's own /readyz distinguishes it from a hung engine.
             is_trusted = pool.address(backend).adapter.ready_shows_progress and backend.is_ready
             # After a stall, this process needs time to read what arrived meanwhile.
@@ -193,6 +199,18 @@ class Prober:
             if load.tokens is not None and (backend.load.tokens or 0.0) < load.tokens:
                 backend.bytes_s = max(backend.bytes_s, self._pool.clock() - _LOAD_TIMEOUT_S)
             self._pool.reported(backend, load)
+
+    async def _read_adapters(self, backend: Backend, address: ReplicaAddress) -> None:
+        if not address.adapter.lists_adapters:
+            return
+        try:
+            status, body = await self._fetch(address, "/v1/models", _LOAD_TIMEOUT_S)
+        except OSError:
+            return  # failures are left to the probe
+        if status == 200:
+            listed = read_models(body)
+            names = {model.id for model in listed if model.parent == address.model and model.id != address.model}
+            self._pool.adapters[backend.id] = frozenset(names)
 
 
 def read_load(page: bytes, adapter: EngineAdapter) -> ReplicaLoad:

@@ -32,6 +32,7 @@ class Pool:
         self.model = ""
         self.dispatcher = Dispatcher(self.options)
         self._addresses: dict[str, ReplicaAddress] = {}
+        self.adapters: dict[str, frozenset[str]] = {}  # by replica: the names of the LoRA adapters that it lists
         self._futures: dict[QueuedRequest, asyncio.Future[InFlightRequest]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due_s = 0.0
@@ -55,6 +56,7 @@ class Pool:
             if known is not None and new.url != known.url:
                 self.dispatcher.replaced(backend)
         self._addresses = addresses
+        self.adapters = {id: names for id, names in self.adapters.items() if id in addresses}
         self._deliver()
 
     async def lease(self, request: GatewayRequest, *, avoid: Collection[str] = ()) -> Lease:

@@ -29,6 +29,7 @@ def log_request(finished: CompletedRequest) -> None:
         "prompt_tokens": record.prompt_tokens,
         "cached_tokens": record.cached_tokens,
         "output_tokens": record.output_tokens,
+        "reasoning_tokens": finished.reasoning_tokens,
         "queue_s": _rounded(finished.queue_s),
         "ttft_s": _rounded(record.ttft_s if has_first_token(finished) else None),
         "tpot_s": _rounded(record.tpot_s if has_first_token(finished) else None),

@@ -100,7 +100,10 @@ class UpstreamAttempts:
         """
         while True:
             lease = self._lease = await self._pool.lease(self.request, avoid=tuple(self._avoid))
-            replica = self.replica = lease.replica
+            replica = lease.replica
+            if self.request.adapter:
+                replica = replace(replica, model=self.request.adapter)
+            self.replica = replica
             self.queue_s += lease.queue_s
             self.replicas.append(replica.id)
             try:
@@ -276,6 +279,10 @@ class UpstreamAttempts:
             return NoReplicaAvailable(shown, retry_after_s=NO_REPLICA_RETRY_S)
         if problem.kind is FailureKind.TIMEOUT:
             return HttpError(504, "upstream_timeout", shown)
+        if problem.kind is FailureKind.UNSUPPORTED and self.request.adapter:  # it was unloaded just now
+            return HttpError(
+                404, "model_not_found", f"There is no model {self.request.model!r} any more.", param="model"
+            )
         return EndpointMissing(shown) if problem.kind is FailureKind.UNSUPPORTED else ReplicaError(shown)
 
     def _poison(self, shown: str, *, hint: str) -> PowerbandError:

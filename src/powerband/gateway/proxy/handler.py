@@ -77,7 +77,7 @@ class GenerationRoutes:
         served = self._gateway.served(client_request.fields.model)
         gateway_request, key = admit(self._gateway, served, request, client_request)
         gateway_request.prefix_keys = prefix_keys(
-            endpoint, client_request.prompt, gateway_request.tenant, client_request.prompt_salt
+            endpoint, client_request.prompt, gateway_request.tenant, client_request.prompt_salt + served.prefix_salt
         )
         return GenerationResponse(self._gateway, self._accounts, served, client_request, gateway_request, key)
 
@@ -100,6 +100,7 @@ def admit(
     gateway_request.output_tokens = served.estimates.output.likely(
         gateway_request.output_tokens, gateway_request.num_sequences
     )
+    gateway_request.adapter, gateway_request.backends = served.adapter, served.holders
     gateway_request.trace = gateway.trace(request.headers)
     return gateway_request, key
 
@@ -399,6 +400,7 @@ class ProxiedResponse(Response, ABC):
                 queue_s=attempts.queue_s,
                 resumed=self._resumed,
                 finish_reason=state.finish_reason,
+                reasoning_tokens=state.tokens.reasoning,
                 cost_usd=usd,
                 is_estimate=is_estimate,
             )

@@ -67,6 +67,7 @@ class StreamState:
         self.keeps_text = False
         self._always_keeps_text = keeps_text
         self.is_parsed = False  # some output was reasoning, a tool call or an unknown field, parsed from the text
+        self._has_calls = False
         self._skipped = ""  # text that the current replica repeats, and that the client already has
 
     @property
@@ -200,6 +201,7 @@ class StreamState:
         if delta is not None:
             if delta.is_parsed:
                 text, self.is_parsed = _parsed_text(delta), True
+                self._has_calls = self._has_calls or delta.has_calls
             else:
                 text = cast(str | None, delta.content)
         if choice.finish_reason:
@@ -249,7 +251,7 @@ class StreamState:
 
     def finish(self) -> bytes:
         """The event with the finish reason, if nothing else was lost."""
-        return self.cut("length" if self._has_all else "stop")
+        return self.cut("length" if self._has_all else "tool_calls" if self._has_calls else "stop")
 
     def cut(self, reason: str) -> bytes:
         """The event with this finish reason for all unfinished choices."""
@@ -270,8 +272,11 @@ class StreamState:
         if not self._client_request.wants_usage or self._rewriter.has_sent_usage:
             return DONE
         prompt, cached, output = self.tokens.final_usage()
-        usage = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
-        return self._rewriter.build([], usage={**usage, "prompt_tokens_details": {"cached_tokens": cached}}) + DONE
+        usage: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+        usage["prompt_tokens_details"] = {"cached_tokens": cached}
+        if self.tokens.reasoning is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.tokens.reasoning}
+        return self._rewriter.build([], usage=usage) + DONE
 
 
 def _is_error(data: bytes) -> bool:

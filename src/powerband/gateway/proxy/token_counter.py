@@ -18,6 +18,7 @@ _MAX_TOKEN_CHARS = 256  # the longest tokens of vocabularies are runs of 128 bla
 
 class TokenCounter:
     """num_output: output tokens that the events show, in all choices. usage: the latest that the replica reported.
+    reasoning: the tokens of reasoning among the output, as a replica counted them; None: none counts them.
 
     token_ids: of all output, as far as replicas send them. times_s and counts: when how many output tokens came.
     """
@@ -28,6 +29,7 @@ class TokenCounter:
         self.text = TextTokenCount(estimates or TokenEstimates())
         self.num_output = 0
         self.usage: ChunkUsage | None = None
+        self.reasoning: int | None = None
         self.token_ids = array("q")  # an array, because there may be many
         self.has_missing_ids = False  # some output arrived without ids
         self.times_s = array("d")
@@ -53,6 +55,10 @@ class TokenCounter:
         self._chars_without_ids = 0
         self.usage, self._tokens_since_usage = None, self.num_output  # the next replica counts for itself
         del self.token_ids[kept:]
+
+    @property
+    def _has_several(self) -> bool:
+        return self._client_request.num_choices > 1
 
     @property
     def has_too_many(self) -> bool:
@@ -89,6 +95,8 @@ class TokenCounter:
     def add_usage(self, chunk: Chunk, tokens: int) -> None:
         """Take a chunk's usage; one with 0 output tokens is ignored. tokens: of the chunk, as counted here."""
         usage = chunk.usage
+        if usage is not None and usage.reasoning_tokens is not None and not (chunk.choices and self._has_several):
+            self.reasoning = usage.reasoning_tokens
         if usage is None or not usage.completion_tokens:
             self._tokens_since_usage += tokens
             if usage is not None and usage.prompt_tokens and self.usage is None:

@@ -108,8 +108,29 @@ def offline() -> Preset:
     return Preset(RequestMix(Fixed(512), Fixed(256)))
 
 
+def tools() -> Preset:
+    """Questions that a model answers by calling one of two tools (`tool_choice` is required).
+
+    Assumed: prompts of median 150 tokens beside the tools, and calls of median 35. A call ends by itself: the load
+    generator leaves room for more.
+    """
+    outputs = LogNormal(median=35, sigma=0.3, high=128)
+    return Preset(RequestMix(LogNormal(median=150, sigma=0.5, high=1024), outputs, form="tools"))
+
+
+def structured() -> Preset:
+    """Texts that a model turns into a JSON object by a schema (`response_format`).
+
+    Assumed: prompts of median 300 tokens, and objects of median 60. An object ends by itself: the load generator leaves
+    room for more.
+    """
+    outputs = LogNormal(median=60, sigma=0.4, high=256)
+    return Preset(RequestMix(LogNormal(median=300, sigma=0.5, high=2048), outputs, form="structured"))
+
+
 PRESETS: dict[str, Callable[[], Preset]] = {
-    preset.__name__: preset for preset in (chat, conversation, rag, summarization, code, agent, offline)
+    preset.__name__: preset
+    for preset in (chat, conversation, rag, summarization, code, agent, offline, tools, structured)
 }
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from powerband.documents import read_table
 from powerband.errors import UsageError
@@ -79,14 +79,24 @@ class Conversation:
             )
 
 
+AnswerForm = Literal["text", "tools", "structured"]
+_FORMS = ("text", "tools", "structured")
+
+
 @dataclass(frozen=True, slots=True)
 class RequestMix:
-    """Requests drawn from distributions."""
+    """Requests drawn from distributions. form: of the answers; tools and structured ones end by themselves."""
 
     prompt: Lengths  # tokens of a request or turn, beyond a shared prefix
     output: Lengths
     prefix: SharedPrefix | None = None
     conversation: Conversation | None = None
+    form: AnswerForm = "text"
+
+    def __post_init__(self) -> None:
+        if self.form not in _FORMS:
+            hint = f"It is one of {', '.join(_FORMS)}."
+            raise UsageError(f"The form of answers is {shown(self.form)}.", hint=hint, param="form")
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,12 +259,12 @@ def mix_as_dict(mix: RequestMix) -> dict[str, Any]:
         made["prefix"] = {**asdict(mix.prefix), "tokens": lengths_as_dict(mix.prefix.tokens)}
     if mix.conversation is not None:
         made["conversation"] = {**asdict(mix.conversation), "turns": lengths_as_dict(mix.conversation.turns)}
-    return made
+    return made if mix.form == "text" else {**made, "form": mix.form}
 
 
 def mix_from_dict(values: Mapping[str, Any]) -> RequestMix:
     """The inverse. Raises UsageError, and KeyError, ValueError or TypeError for what is missing, unknown or wrong."""
-    _only(values, ("prompt", "output", "prefix", "conversation"))
+    _only(values, ("prompt", "output", "prefix", "conversation", "form"))
     prefix, conversation = values.get("prefix"), values.get("conversation")
     if prefix is not None:
         prefix = SharedPrefix(**{**prefix, "tokens": lengths_from_dict(prefix["tokens"], param="prefix")})
@@ -262,7 +272,7 @@ def mix_from_dict(values: Mapping[str, Any]) -> RequestMix:
         turns = lengths_from_dict(conversation["turns"], param="turns")
         conversation = Conversation(**{**conversation, "turns": turns})
     prompt, output = (lengths_from_dict(values[name], param=name) for name in ("prompt", "output"))
-    return RequestMix(prompt, output, prefix, conversation)
+    return RequestMix(prompt, output, prefix, conversation, values.get("form", "text"))
 
 
 def _only(values: Mapping[str, Any], known: tuple[str, ...]) -> None:

@@ -46,7 +46,10 @@ async def _take(gateway: Gateway, accounts: Accounts, endpoint: PassThroughEndpo
     gateway_request, key = admit(gateway, served, request, client_request)
     if endpoint.limit:
         gateway_request.prefix_keys = prefix_keys(
-            endpoint.name, client_request.prompt, gateway_request.tenant, client_request.prompt_salt
+            endpoint.name,
+            client_request.prompt,
+            gateway_request.tenant,
+            client_request.prompt_salt + served.prefix_salt,
         )
     return PassThroughResponse(gateway, accounts, served, client_request, gateway_request, key, endpoint)
 
