@@ -204,6 +204,7 @@ NAMES_ENGINES = {
     "cost/engine_priors.py": "what planning assumes of each",
     "bench/client/probe.py": "spellings of --endpoint in other load generators",
     "bench/report/other_tools.py": "other load generators, and how they name their figures",
+    "engine/model_loader/generation_config.py": "a value of an option that has the same name in its command line",
 }
 ENGINES = {"vllm", "sglang", "trtllm", "tensorrt_llm", "llamacpp"}
 COMMON_WORDS = {"powerband", "openai"}  # engines, too: they may be written, but not compared with

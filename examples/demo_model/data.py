@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
+import jinja2
 import torch
+from export import CHAT_TEMPLATE
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tool_tasks import Message, Tool, conversations
 
 from powerband.text import eval_tasks
 from powerband.text.corpus import ApiEntry, Document
@@ -22,7 +27,16 @@ ANSWER_WEIGHT = 1.5
 QUESTION_WEIGHT = 0.1  # a question is mostly random: little can be learnt from predicting it
 
 # Share of the tokens in rows of exercises and chats; sums are the hardest to learn.
-SHARES = {"add": 0.2, "subtract": 0.24, "multiply": 0.06, "copy": 0.1, "lookup": 0.16, "json": 0.12, "facts": 0.12}
+SHARES = {
+    "tools": 0.4,
+    "add": 0.12,
+    "subtract": 0.15,
+    "multiply": 0.04,
+    "copy": 0.06,
+    "lookup": 0.09,
+    "json": 0.07,
+    "facts": 0.07,
+}
 
 ABOUT = "I am the demo model of Powerband, a very small language model. I am a demonstration, not an assistant."
 SKILLS = "I can add and subtract, repeat a line, look up a value, write small JSON and recall the Python documentation."
@@ -73,7 +87,7 @@ def train_tokenizer(documents: list[Document]) -> Tokenizer:
     )
     texts = [document.text for document in documents]
     for kind in eval_tasks.KINDS:
-        stream = eval_tasks.exercises(kind, seed=0, held_out=False)
+        stream = eval_tasks.eval_tasks(kind, seed=0, held_out=False)
         texts += [f"{e.question}\n{e.prompt}{e.completion}" for e, _ in zip(stream, range(1500), strict=False)]
     tokenizer.train_from_iterator([*texts, *["user\nassistant\nsystem\n"] * 50], trainer)
     return tokenizer
@@ -88,6 +102,27 @@ def chat(turns: list[tuple[str, str]], rng: random.Random) -> list[Part]:
         parts.append(Part(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", QUESTION_WEIGHT))
         parts += [Part(f"{answer}<|im_end|>", ANSWER_WEIGHT), Part("\n", QUESTION_WEIGHT)]
     return parts
+
+
+def tool_chat(messages: list[Message], tools: list[Tool]) -> list[Part]:
+    """A conversation with tools as the chat template renders it."""
+    parts, done = [], ""
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = TEMPLATE.render(messages=messages[:number], tools=tools, add_generation_prompt=True)
+            after = TEMPLATE.render(messages=messages[: number + 1], tools=tools, add_generation_prompt=False)
+            parts += [Part(before[len(done) :], QUESTION_WEIGHT), Part(after[len(before) : -1], ANSWER_WEIGHT)]
+            done = after[:-1]
+    return [*parts, Part("\n", QUESTION_WEIGHT)]
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(autoescape=False)  # noqa: S701 (prompts, not pages)
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    return environment
+
+
+TEMPLATE = _environment().from_string(CHAT_TEMPLATE)
 
 
 def facts(documents: list[Document]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -113,7 +148,8 @@ class Batches:
         self._tokenizer = tokenizer
         self._rng = random.Random(seed)
         self._facts, self._well_known = facts(documents)
-        self._streams = {kind: eval_tasks.exercises(kind, seed, held_out=False) for kind in eval_tasks.KINDS}
+        self._streams = {kind: eval_tasks.eval_tasks(kind, seed, held_out=False) for kind in eval_tasks.KINDS}
+        self._conversations = conversations(seed)
         self._tokens_of = dict.fromkeys(SHARES, 0.0)
         shuffled = self._rng.sample(documents, len(documents))
         encoded = tokenizer.encode_batch([f"{document.text}<|endoftext|>" for document in shuffled])
@@ -151,6 +187,8 @@ class Batches:
 
     def _parts(self, kind: str) -> list[Part]:
         rng = self._rng
+        if kind == "tools":
+            return tool_chat(*next(self._conversations))
         if kind == "facts":
             return chat([self._fact() for _ in range(rng.choice((1, 1, 2)))], rng)
         if rng.random() < 0.5:
@@ -177,7 +215,7 @@ def right_answers(
     exactly when every token of it is the most likely one after those before it.
     """
     rng = random.Random(0)
-    stream: Iterator[eval_tasks.Exercise] = eval_tasks.exercises(kind, seed=1, held_out=True)
+    stream: Iterator[eval_tasks.EvalTask] = eval_tasks.eval_tasks(kind, seed=1, held_out=True)
     drawn = [next(stream) for _ in range(count)]
     questions = [tokenizer.encode(chat([(e.question, "")], rng)[-3].text).ids for e in drawn]
     answers = [tokenizer.encode(f"{e.reply}<|im_end|>").ids for e in drawn]
@@ -189,3 +227,18 @@ def right_answers(
         for row, (q, a) in enumerate(zip(questions, answers, strict=True))
     ]
     return sum(hits) / count
+
+
+def right_tool_turns(tokenizer: Tokenizer, count: int, predict: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    """Share of the turns in `count` conversations with tools that are, greedily, those that were taught."""
+    hits: list[bool] = []
+    for messages, tools in islice(conversations(-1), count):
+        parts = [(tokenizer.encode(part.text).ids, part.weight > 1) for part in tool_chat(messages, tools)]
+        ids = [id for part, _ in parts for id in part]
+        predicted = predict(torch.tensor([ids]))[0].tolist()
+        start = 0
+        for part, is_taught in parts:
+            if is_taught:
+                hits.append(predicted[start - 1 : start - 1 + len(part)] == part)
+            start += len(part)
+    return sum(hits) / len(hits)

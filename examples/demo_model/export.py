@@ -16,8 +16,42 @@ from transformers import GenerationConfig, Qwen3ForCausalLM
 
 END_OF_TEXT, END_OF_TURN = 0, 2
 CHAT_TEMPLATE = """\
+{%- if tools -%}
+{{- '<|im_start|>system\\n' -}}
+{%- if messages[0].role == 'system' -%}
+{{- messages[0].content + '\\n\\n' -}}
+{%- endif -%}
+{{- 'Tools:\\n' -}}
+{%- for tool in tools -%}
+{%- set function = tool.function if tool.function is defined else tool -%}
+{{- function.name + '(' -}}
+{%- if function.parameters and function.parameters.properties -%}
+{%- for name, schema in function.parameters.properties.items() -%}
+{{- name + ': ' + (schema.type if schema.type is string else 'any') + (', ' if not loop.last else '') -}}
+{%- endfor -%}
+{%- endif -%}
+{{- ')' + (' ' + function.description if function.description else '') + '\\n' -}}
+{%- endfor -%}
+{{- 'To call one:\\n<tool_call>\\n{"name": "...", "arguments": {...}}\\n</tool_call><|im_end|>\\n' -}}
+{%- endif -%}
 {%- for message in messages -%}
+{%- if message.role == 'system' and loop.first and tools -%}
+{%- elif message.role == 'tool' -%}
+{{- '<|im_start|>user' if loop.first or messages[loop.index0 - 1].role != 'tool' else '' -}}
+{{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' -}}
+{{- '<|im_end|>\\n' if loop.last or messages[loop.index0 + 1].role != 'tool' else '' -}}
+{%- elif message.tool_calls -%}
+{{- '<|im_start|>assistant' + ('\\n' + message.content if message.content else '') -}}
+{%- for call in message.tool_calls -%}
+{%- set function = call.function if call.function is defined else call -%}
+{{- '\\n<tool_call>\\n{"name": "' + function.name + '", "arguments": ' -}}
+{{- function.arguments if function.arguments is string else function.arguments | tojson -}}
+{{- '}\\n</tool_call>' -}}
+{%- endfor -%}
+{{- '<|im_end|>\\n' -}}
+{%- else -%}
 {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}
+{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{- '<|im_start|>assistant\\n' -}}

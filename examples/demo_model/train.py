@@ -2,8 +2,8 @@
 
 Needs `pip install powerband[dev]` and two CPU cores. The schedule follows the clock, not a number of steps:
 the learning rate reaches zero when the minutes are over, however busy the machine was. Started again with
-the same --out, it goes on from the last checkpoint. `export.py` then makes the folder that the package ships,
-whose README.md says what came out.
+the same --out, it goes on from the last checkpoint; with --start FOLDER, it trains a finished model further, at lower
+learning rates. `export.py` then makes the folder that the package ships, whose README.md says what came out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from data import Batches, right_answers, train_tokenizer
+from data import Batches, right_answers, right_tool_turns, train_tokenizer
 from muon import Muon
 from tokenizers import Tokenizer
 from torch.nn import functional as F
@@ -40,10 +40,11 @@ CONFIG = Qwen3Config(
     pad_token_id=0,
     attn_implementation="sdpa",
 )
-ROWS, LENGTH = 8, 256
+ROWS, LENGTH = 6, 384
 LONG_EVERY, LONG_ROWS, LONG_LENGTH = 20, 2, 2048  # so that long contexts work
 MUON_LR, ADAM_LR = 0.015, 2e-3
 WARM_UP, DECAY = 0.02, 0.6  # shares of the time
+START_PACE = 0.3  # of the learning rates, for a model that is trained already
 CHECK_EVERY_S = 300.0
 
 
@@ -61,8 +62,9 @@ class Progress:
 class Trainer:
     """The model, its two optimizers and its data; `run` trains until the time is over."""
 
-    def __init__(self, out: Path, duration_s: float) -> None:
+    def __init__(self, out: Path, duration_s: float, start: Path | None = None) -> None:
         self._out, self._duration_s = out, duration_s
+        self._pace = 1.0 if start is None else START_PACE
         self._progress = Progress()
         torch.manual_seed(0)
         seen = [document for document in documents() if not is_held_out(document.name)]
@@ -70,6 +72,11 @@ class Trainer:
             self._progress = Progress(**json.loads((out / "progress.json").read_text()))
             self._tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
             self._model = Qwen3ForCausalLM.from_pretrained(out, dtype=torch.float32)
+        elif start is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            self._tokenizer = Tokenizer.from_file(str(start / "tokenizer.json"))
+            self._tokenizer.save(str(out / "tokenizer.json"))
+            self._model = Qwen3ForCausalLM.from_pretrained(start, dtype=torch.float32)
         else:
             out.mkdir(parents=True, exist_ok=True)
             self._tokenizer = train_tokenizer(seen)
@@ -91,7 +98,7 @@ class Trainer:
         smooth = 0.0
         while (elapsed_s := time.monotonic() - began) < self._duration_s:
             share = elapsed_s / self._duration_s
-            loss = self._step(min(1.0, share / WARM_UP, (1 - share) / DECAY))
+            loss = self._step(self._pace * min(1.0, share / WARM_UP, (1 - share) / DECAY))
             smooth = loss if smooth == 0.0 else 0.98 * smooth + 0.02 * loss
             self._progress.elapsed_s = elapsed_s
             if self._progress.steps % 20 == 0:
@@ -134,6 +141,7 @@ class Trainer:
         logits = self._logits(self._held_out[:, :-1]).flatten(0, 1)
         self._progress.text_loss = F.cross_entropy(logits, self._held_out[:, 1:].flatten()).item()
         self._progress.accuracy = {kind: right_answers(self._tokenizer, kind, 64, predict) for kind in eval_tasks.KINDS}
+        self._progress.accuracy["tools"] = right_tool_turns(self._tokenizer, 64, predict)
         self._model.save_pretrained(self._out)
         (self._out / "progress.json").write_text(json.dumps(asdict(self._progress), indent=1))
         print(f"check: {asdict(self._progress)}", flush=True)
@@ -145,9 +153,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="a folder with a model to train further")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    Trainer(arguments.out, arguments.minutes * 60).run()
+    Trainer(arguments.out, arguments.minutes * 60, arguments.start).run()
 
 
 if __name__ == "__main__":

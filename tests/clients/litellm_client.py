@@ -9,8 +9,8 @@ from reporting import HI, KEY, MAX_TOKENS, MODEL, PARAMETERS, URL, Weather, chec
 
 TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
 APIS: dict[str, Any] = {
-    "openai": {"model": f"openai/{MODEL}", "base_url": f"{URL}/v1", "api_key": KEY, "max_retries": 0},
-    "anthropic": {"model": f"anthropic/{MODEL}", "base_url": URL, "api_key": KEY, "max_retries": 0},
+    "openai": {"model": f"openai/{MODEL}", "api_base": f"{URL}/v1", "api_key": KEY, "max_retries": 0},
+    "anthropic": {"model": f"anthropic/{MODEL}", "api_base": URL, "api_key": KEY, "max_retries": 0},
 }
 
 for name, api in APIS.items():

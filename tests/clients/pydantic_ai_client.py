@@ -36,6 +36,9 @@ for name, model in MODELS.items():
         agent = Agent(model, output_type=ToolOutput(Weather), model_settings=SETTINGS)
         assert isinstance(agent.run_sync(QUESTION).output, Weather)
 
+    if name == "AnthropicModel":  # NativeOutput only for models that the client knows by name
+        continue
+
     @feature(f"{name}, NativeOutput")
     def _(model: Any = model) -> None:
         agent = Agent(model, output_type=NativeOutput(Weather), model_settings=SETTINGS)

@@ -194,13 +194,13 @@ def _(right: Any, kv: Any, _holders: Any = ()) -> None:
 
 
 @FAULTS.add("tenants share a cache", cache_root)
-def _(right: Any, _tenant: str, cache_salt: str) -> Any:
-    return right("", cache_salt)
+def _(right: Any, _tenant: str, cache_salt: str, *others: Any) -> Any:
+    return right("", cache_salt, *others)
 
 
 @FAULTS.add("cache salts are ignored", cache_root)
-def _(right: Any, tenant: str, _cache_salt: str) -> Any:
-    return right(tenant, "")
+def _(right: Any, tenant: str, _cache_salt: str, *others: Any) -> Any:
+    return right(tenant, "", *others)
 
 
 @FAULTS.add("evicted blocks stay findable", BlockPool.take)

@@ -60,6 +60,7 @@ def test_they_can_be_ignored_or_taken_from_another_folder(tmp_path: Path) -> Non
     folder = checkpoint(tmp_path / "model", {"temperature": 0.6})
     other = checkpoint(tmp_path / "other", {"top_k": 5, "eos_token_id": 7})
     assert sampling_defaults(EngineSettings(generation_config="off"), folder) == {}
+    assert sampling_defaults(EngineSettings(generation_config="vllm"), folder) == {}
     elsewhere = EngineSettings(generation_config=str(other))
     assert sampling_defaults(elsewhere, folder) == {"top_k": 5}
     assert end_token_ids(elsewhere, folder, (2,), 4096) == [2, 7]

@@ -44,7 +44,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("stop_token_ids.1", [1, -5], "stop_token_ids.1 is -5; it must be between 0 and 2147483647."),
     ("allowed_token_ids", [1] * 65_537, "allowed_token_ids has 65537 entries; the limit is 65536."),
     ("allowed_token_ids", [], "allowed_token_ids is []; it must be left out or not empty, since nothing could be"),
-    ("logit_bias", dict.fromkeys(range(301), 1.0), "logit_bias has 301 entries; the limit is 300."),
+    ("logit_bias", dict.fromkeys(range(65_537), 1.0), "logit_bias has 65537 entries; the limit is 65536."),
     ("logit_bias", {"5": 1.0}, "logit_bias is '5'; it must be a whole number."),
     ("logit_bias.5", {5: 101.0}, "logit_bias.5 is 101.0; it must be between -100 and 100."),
     ("logit_bias.5", {5: math.nan}, "logit_bias.5 is nan; it must be between -100 and 100."),
@@ -63,7 +63,7 @@ def test_a_wrong_value_is_refused_by_name(param: str, value: Any, message: str) 
 def test_the_limits_themselves_are_accepted() -> None:
     params = SamplingParams(
         n=16, max_tokens=None, min_tokens=99, temperature=100, top_k=-1, top_p=1, min_p=1, repetition_penalty=100,
-        presence_penalty=-2, frequency_penalty=2, logit_bias=dict.fromkeys(range(300), 100), seed=-(2**63),
+        presence_penalty=-2, frequency_penalty=2, logit_bias=dict.fromkeys(range(65_536), 100), seed=-(2**63),
         stop=["x" * 256] * 16, logprobs=20, prompt_logprobs=20, stop_token_ids=[0] * 1024,
     )  # fmt: skip
     assert (params.n, params.seed, len(params.stop or [])) == (16, -(2**63), 16)

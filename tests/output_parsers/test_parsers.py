@@ -76,7 +76,7 @@ def each(case: Transcript) -> Any:
     return pytest.param(case, id=f"{case.format}-{case.text[:30]!r}")
 
 
-@pytest.mark.parametrize("case", map(each, TRANSCRIPTS))
+@pytest.mark.parametrize("case", [each(case) for case in TRANSCRIPTS])
 def test_a_transcript_means_the_same_at_every_cut(case: Transcript) -> None:
     whole = parsed(parser(case), [case.text])
     assert [(name, json.loads(text)) for name, text in whole.calls] == case.calls
@@ -88,7 +88,7 @@ def test_a_transcript_means_the_same_at_every_cut(case: Transcript) -> None:
         assert parsed(parser(case), [case.text[:place], case.text[place:]]) == whole
 
 
-@pytest.mark.parametrize("case", map(each, TRANSCRIPTS))
+@pytest.mark.parametrize("case", [each(case) for case in TRANSCRIPTS])
 def test_an_output_that_is_cut_off_gives_a_part_of_the_whole(case: Transcript) -> None:
     """No half of a tag and no half of a call is in the text."""
     whole = parsed(parser(case), [case.text])
@@ -97,7 +97,7 @@ def test_an_output_that_is_cut_off_gives_a_part_of_the_whole(case: Transcript) -
         assert cut.is_part_of(whole), case.text[:place]
 
 
-@pytest.mark.parametrize("case", map(each, TRANSCRIPTS))
+@pytest.mark.parametrize("case", [each(case) for case in TRANSCRIPTS])
 def test_nothing_is_held_back_longer_than_a_tag_may_last(case: Transcript) -> None:
     """Of plain text after a call or at the beginning, no more than what may begin a tag waits."""
     made, found = parser(case), Found()

@@ -177,7 +177,7 @@ UNKNOWN_PATHS = [
     ("/v1/tokenize", "Did you mean '/tokenize'?"),
     ("/v1/models/", "Did you mean '/v1/models'?"),
     ("/v1/chat/completion", "Did you mean '/v1/chat/completions'?"),
-    ("/v1/embeddings", "Embeddings cannot be used here. Use /v1/chat/completions."),
+    ("/v1/images/generations", "Images cannot be used here. Use /v1/chat/completions."),
     ("/v1/files", "Files cannot be used here."),
     ("/api/chat", "Ollama's API cannot be used here."),
     ("/", "The base URL for OpenAI's clients ends with /v1, such as http://"),

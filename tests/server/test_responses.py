@@ -233,6 +233,26 @@ def test_a_form_of_the_answer_is_part_of_text(server: RunningServer) -> None:
     assert "response_format" not in error["message"]
 
 
+def test_the_oldest_turns_of_a_long_conversation_are_left_out_where_that_is_asked_for(server: RunningServer) -> None:
+    turns = [
+        {"role": role, "content": f"{number} " + "word " * 60} for number in range(20) for role in ("user", "assistant")
+    ]
+    last = {"role": "user", "content": HI}
+    asked = {"input": [*turns, last], "instructions": "Be brief."}
+    assert refusal(server, **asked)["param"] == "input"
+    counted = server.post("/v1/responses/input_tokens", **asked, truncation="auto").json()["input_tokens"]
+    kept = [
+        server.post("/v1/responses/input_tokens", **{**asked, "input": [*turns[start:], last]}).json()
+        for start in range(0, len(turns), 2)
+    ]
+    assert counted == next(one["input_tokens"] for one in kept if "input_tokens" in one)
+    assert server.post(PATH, **asked, truncation="auto").json()["usage"]["input_tokens"] == counted
+    too_long = {"input": [*turns[:1], {"role": "user", "content": "word " * 600}], "truncation": "auto"}
+    assert refusal(server, **too_long)["param"] == "input"
+    far_too_long = refusal(server, input="word " * 100_000)
+    assert (far_too_long["param"], far_too_long["code"]) == ("input", "context_length_exceeded")
+
+
 def test_settings_that_ask_for_nothing_are_taken(server: RunningServer) -> None:
     nothing = {
         **dict.fromkeys(("background", "conversation", "previous_response_id", "prompt", "temperature", "tools")),

@@ -56,7 +56,7 @@ from powerband.server.routes.responses import ResponsesRoutes
 from powerband.server.routes.scores import ScoreRoutes
 from powerband.server.routes.tokens import TokenRoutes
 from powerband.web.access import allow_pages
-from powerband.web.anthropic import AnthropicErrorsMiddleware
+from powerband.web.anthropic import AnthropicErrorBody, AnthropicErrorsMiddleware
 from powerband.web.errors import json_response
 from powerband.web.middleware import RequestIdMiddleware
 from powerband.web.origins import parse_origins
@@ -176,6 +176,7 @@ def _anthropic(replica: ServerState) -> list[Operation]:
             MessagesRequest,
             MessageEvent,
             _WORK,
+            AnthropicErrorBody,
         ),
         Operation(
             "POST",
@@ -186,6 +187,7 @@ def _anthropic(replica: ServerState) -> list[Operation]:
             CountTokensRequest,
             None,
             _TAKEN,
+            AnthropicErrorBody,
         ),
     ]
 

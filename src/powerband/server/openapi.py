@@ -30,11 +30,12 @@ class Operation:
     body: Any = None
     chunk: Any = None
     errors: tuple[int, ...] = ()
+    error: Any = ErrorBody
 
 
 def describe(operations: Sequence[Operation], *, needs_key: bool) -> dict[str, Any]:
     """An OpenAPI 3.1 document. Every error status that a route may answer is declared, and so are streams."""
-    types = [t for o in operations for t in (o.body, o.reply, o.chunk) if t is not None]
+    types = [t for o in operations for t in (o.body, o.reply, o.chunk, o.error) if t is not None]
     unique = list(dict.fromkeys([*types, ErrorBody]))
     schemas, components = msgspec.json.schema_components(unique, ref_template="#/components/schemas/{name}")
     components[CompletionRequest.__name__]["properties"]["prompt"] = PROMPT_SCHEMA
@@ -68,7 +69,7 @@ def _operation(operation: Operation, path: str, schema_of: dict[Any, Any], needs
         }
     closed = path not in OPEN_PATHS
     statuses = [*operation.errors, *([401 if needs_key else 403] if closed else [])]
-    error = {"application/json": {"schema": schema_of[ErrorBody]}}
+    error = {"application/json": {"schema": schema_of[operation.error]}}
     responses = {"200": {"description": "OK", "content": content}}
     responses |= {str(s): {"description": HTTPStatus(s).phrase, "content": error} for s in sorted(statuses)}
     described: dict[str, Any] = {"summary": operation.summary, "responses": responses}

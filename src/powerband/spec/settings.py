@@ -61,7 +61,7 @@ class EngineSettings:
     )
     generation_config: str = setting(
         "auto",
-        "Defaults of sampling parameters: auto: the model's generation_config.json; off: Powerband's own; "
+        "Defaults of sampling parameters: auto: the model's generation_config.json; off, or vllm: neutral ones; "
         "or a folder with another generation_config.json",
         group="Model",
     )

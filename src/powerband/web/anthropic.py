@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -24,6 +26,19 @@ _TYPES = {
 _PATH = "/v1/messages"
 
 
+class AnthropicError(msgspec.Struct, kw_only=True):
+    """`code` is Powerband's, because errors of one type have several causes."""
+
+    type: str
+    message: str
+    code: str | None
+
+
+class AnthropicErrorBody(msgspec.Struct):
+    error: AnthropicError
+    type: Literal["error"] = "error"
+
+
 def is_anthropic(path: str) -> bool:
     """Whether a path belongs to Anthropic's API."""
     return path == _PATH or path.startswith(f"{_PATH}/")
@@ -41,8 +56,7 @@ def sent_keys(scope: Scope) -> list[bytes]:
 def anthropic_error(error: ErrorInfo) -> bytes:
     kind = _TYPES.get(error.http_status, "invalid_request_error" if error.http_status < 500 else "api_error")
     found = error_body(error).error
-    # Powerband adds `code`, because errors of one type have several causes.
-    return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": found.message, "code": found.code}})
+    return msgspec.json.encode(AnthropicErrorBody(AnthropicError(type=kind, message=found.message, code=found.code)))
 
 
 class AnthropicErrorsMiddleware:

@@ -14,6 +14,7 @@ from powerband.spec.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
 FILE = "generation_config.json"
+_OFF = ("off", "vllm")  # vLLM's word for its own defaults instead of the file's
 # Names in generation_config.json → in SamplingParams. Others (beams, n-grams) belong to transformers' own ways.
 _NAMES = {
     "temperature": "temperature",
@@ -43,7 +44,7 @@ def sampling_defaults(settings: EngineSettings, folder: Path) -> dict[str, float
     `do_sample: false` is a temperature of 0. A checkpoint from before generation_config.json has them in config.json.
     Raises UsageError naming file and key, EnvironmentFault when the folder has no such file.
     """
-    if settings.generation_config == "off":
+    if settings.generation_config in _OFF:
         return {}
     file = sampling_file(settings, folder)
     values = read_config(file)
@@ -73,12 +74,12 @@ def sampling_file(settings: EngineSettings, folder: Path) -> Path:
 
 def end_token_ids(settings: EngineSettings, folder: Path, known: tuple[int, ...], vocab_size: int) -> list[int]:
     """The ends that the model's own files name, and those of another generation_config.json, in the vocabulary."""
-    more = read_end_token_ids(_file(settings, folder)) if settings.generation_config != "off" else ()
+    more = read_end_token_ids(_file(settings, folder)) if settings.generation_config not in _OFF else ()
     return [id for id in dict.fromkeys((*known, *more)) if id < vocab_size]
 
 
 def _file(settings: EngineSettings, folder: Path) -> Path:
-    if settings.generation_config in ("auto", "off"):
+    if settings.generation_config in ("auto", *_OFF):
         return folder / FILE
     file = expand_user(settings.generation_config) / FILE
     if not file.is_file():

@@ -28,6 +28,7 @@ from powerband.server.protocol import ChatRequest, ContentPart, JsonSchema, Json
 from powerband.server.replica import Model
 
 _NAMES = {
+    "prompt": "messages",
     "max_completion_tokens": "max_tokens",
     "response_format": "output_config.format",
     "response_format.json_schema": "output_config.format",

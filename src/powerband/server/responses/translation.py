@@ -41,6 +41,7 @@ from powerband.server.responses.requests import (
 LOGPROBS = "message.output_text.logprobs"
 _NAMES = {
     "messages": "input",
+    "prompt": "input",
     "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",

@@ -31,6 +31,7 @@ from powerband.server.responses.objects import (
 )
 from powerband.server.responses.requests import ReasoningOptions, ResponsesRequest
 from powerband.server.responses.translation import to_chat
+from powerband.server.responses.truncation import leave_out_oldest
 from powerband.server.responses.writer import ResponseWriter
 from powerband.web.errors import json_response
 
@@ -49,6 +50,8 @@ class ResponsesRoutes:
             model = replica.accept()
             chat, places = to_chat(body)
             with places.translating():
+                if body.truncation == "auto":
+                    await leave_out_oldest(replica, model, chat)
                 generation = await chat_generation(replica, model, chat, arrival_s)
                 answer = _ResponseBuilder(generation, body, chat, body.model or replica.name)
                 stream = bool(body.stream)
@@ -61,6 +64,8 @@ class ResponsesRoutes:
         replica.check_name(body.model)
         chat, places = to_chat(body)
         with places.translating():
+            if body.truncation == "auto":
+                await leave_out_oldest(replica, replica.model, chat)
             count = await count_tokens(replica, replica.model, chat)
         return json_response(InputTokenCount(count))
 
