@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 import vllm_replica
+from byte_replica import answer
 from gateways_for_tests import RunningGateway, running_gateway
 from pass_through_gateway import client_of, last_record, serving
 from vllm_replica import CALL, CHUNKED, as_frames
@@ -92,3 +94,17 @@ def test_a_stream_of_calls_that_breaks_ends_with_an_error_or_whole(gateway: Runn
                 list(found)
         else:
             assert list(found)[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_an_answer_that_lacks_a_choice_does_not_spoil_the_next_replicas(gateway: RunningGateway) -> None:
+    posts = []
+
+    def lacks_one_at_first(path: str, body: dict[str, Any]) -> bytes:
+        posts.append(path)
+        found = vllm_replica.chat(body)
+        found["choices"] = [{**found["choices"][0], "index": index} for index in range(min(len(posts), 2))]
+        return answer(json.dumps(found))
+
+    with serving(gateway, lacks_one_at_first, lacks_one_at_first, name="twice"):
+        found = client_of(gateway).chat.completions.create(**{**CHAT, "model": "twice"}, n=2, tool_choice="none")
+    assert ([choice.index for choice in found.choices], len(posts)) == ([0, 1], 2)

@@ -115,6 +115,7 @@ class MockRequest(msgspec.Struct):
     max_completion_tokens: int | None = None
     stream: bool = False
     stream_options: StreamOptionFields | None = None
+    n: int | None = None
 
     @property
     def output_tokens(self) -> int:
@@ -153,6 +154,8 @@ def read_body(data: bytes, endpoint: Endpoint, script: Behavior) -> MockRequest:
         raise InvalidRequest("The body has no prompt.", param="messages" if endpoint == "chat" else "prompt")
     if not 1 <= body.output_tokens <= MAX_OUTPUT_TOKENS:
         raise InvalidRequest(f"{body.output_tokens} output tokens.", hint=f"1 to {MAX_OUTPUT_TOKENS} may be asked for.")
+    if (body.n or 1) > 1:
+        raise InvalidRequest("This server gives one answer.", hint="Leave 'n' out.", param="n")
     known = body.resume_token_ids or body.emitted_in_prompt
     if known != list(range(len(known))):
         raise InvalidRequest("These tokens are not those that were emitted.", param="resume_token_ids")

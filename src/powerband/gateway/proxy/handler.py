@@ -200,6 +200,7 @@ class ProxiedResponse(Response, ABC):
                     raise
             except UpstreamFailure as problem:
                 await attempts.handle_failure(problem)
+                self._state = self._new_state()  # nothing of it was sent
         self._settle_status(200)
         attempts.close("ok", self._state.tokens.num_output)
         await PiecesResponse(pieces)(scope, receive, send)
