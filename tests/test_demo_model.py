@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,12 +28,18 @@ def model() -> AutoModelForCausalLM:
     return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
 
 
-def reply(model: AutoModelForCausalLM, tokenizer: AutoTokenizer, question: str) -> str:
+def answer(
+    model: AutoModelForCausalLM, tokenizer: AutoTokenizer, messages: list[dict[str, Any]], tools: Any = None
+) -> str:
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        messages, tools=tools, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     output = model.generate(**prompt, max_new_tokens=96, do_sample=False)
     return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def reply(model: AutoModelForCausalLM, tokenizer: AutoTokenizer, question: str) -> str:
+    return answer(model, tokenizer, [{"role": "user", "content": question}])
 
 
 def test_it_is_small_enough_to_ship() -> None:
@@ -68,3 +75,19 @@ def test_it_tells_what_a_function_does(model: AutoModelForCausalLM, tokenizer: A
 
 def test_it_says_what_it_is(model: AutoModelForCausalLM, tokenizer: AutoTokenizer) -> None:
     assert "demonstration, not an assistant" in reply(model, tokenizer, "Who are you?")
+
+
+def test_it_calls_a_tool_and_reads_its_result(model: AutoModelForCausalLM, tokenizer: AutoTokenizer) -> None:
+    parameters = {"type": "object", "properties": {"item": {"type": "string"}}, "required": ["item"]}
+    tools = [
+        {"type": "function", "function": {"name": "get_price", "description": "Prices.", "parameters": parameters}}
+    ]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "What is the price of bread?"}]
+    call = {"name": "get_price", "arguments": {"item": "bread"}}
+    called = answer(model, tokenizer, messages, tools)
+    assert json.loads(called.removeprefix("<tool_call>").removesuffix("</tool_call>")) == call
+    messages += [
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "tool", "content": "482"},
+    ]
+    assert answer(model, tokenizer, messages, tools) == "It is 482."
