@@ -41,7 +41,7 @@ def test_a_latency_is_computed_as_its_formula_says(name):
 def test_every_figure_has_a_definition_and_every_definition_a_figure():
     summary = summarize([RECORD], Window(0.0, 10.0), SLO(ttft_s=1.0))
     defined = {definition.name.lower().replace(" ", "_") for definition in DEFINITIONS}
-    assert defined == {*summary.figures, "slo_attainment", "goodput", "throughput"}
+    assert defined == {*summary.figures, "slo_attainment", "goodput", "throughput", "valid"}
     assert set(LATENCIES) <= defined
 
 

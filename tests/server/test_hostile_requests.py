@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from servers_for_tests import RunningServer
 
+from powerband.core.params import MAX_LOGIT_BIAS
+
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 LIMIT_S = 1.0  # 0.1 on a machine that does nothing else
 USER = [{"role": "user", "content": "hi"}]
@@ -56,9 +58,9 @@ FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
     (COMPLETIONS, {"prompt": "a", "stop": ["", 1]}, "stop.0", "a text of 1 to 256 characters"),
     (
         COMPLETIONS,
-        {"prompt": "a", "logit_bias": {str(i): 1 for i in range(301)}},
+        {"prompt": "a", "logit_bias": {str(i): 1 for i in range(MAX_LOGIT_BIAS + 1)}},
         "logit_bias",
-        "an object of at most 300 entries",
+        f"an object of at most {MAX_LOGIT_BIAS} entries",
     ),
     (COMPLETIONS, {"prompt": "a", "logit_bias": {"4096": 1}}, "logit_bias", "ends at 4095"),
     (
