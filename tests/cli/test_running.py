@@ -159,7 +159,8 @@ def test_the_chat_example_streams_an_answer(server: tuple[subprocess.Popen[bytes
 
 
 def test_what_make_demo_and_make_bench_run_needs_no_tool_of_development() -> None:
-    for path in (Path(__file__).resolve().parents[2] / "examples").glob("*.py"):
+    for name in ("demo.py", "bench.py"):
+        path = Path(__file__).resolve().parents[2] / "examples" / name
         tree = ast.parse(path.read_text())
         imported = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         imported |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}

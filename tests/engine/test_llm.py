@@ -229,10 +229,10 @@ def test_bad_words_do_not_appear(demo: LLM) -> None:
 
 
 def test_chat_uses_the_template(demo: LLM) -> None:
-    talk = [{"role": "user", "content": "What is 17 plus 25?"}]
+    talk = [{"role": "user", "content": "What is 17 + 25?"}]
     [single] = demo.chat(talk, GREEDY, use_tqdm=False)
     assert single.prompt is not None
-    assert "17 plus 25" in single.prompt
+    assert "17 + 25" in single.prompt
     assert single.outputs[0].finish_reason == "stop"
     several = demo.chat([talk, talk], GREEDY, use_tqdm=False)
     assert [result.outputs[0].text for result in several] == [single.outputs[0].text] * 2

@@ -136,6 +136,7 @@ def test_a_long_queue_of_commands_is_taken_in_between_steps() -> None:
     inbox = SocketInbox.__new__(SocketInbox)
     inbox._status = Pulse()  # type: ignore[assignment]
     inbox._commands = deque([iter(range(100)), iter([100, 101]), iter(range(102, 150))])  # type: ignore[list-item]
+    inbox._running = deque()
     inbox._socket = type("Empty", (), {"get": lambda *_: 0})()
     taken = []
     while some := inbox.poll(0.0):
