@@ -62,7 +62,7 @@ drills: $(DEV)  ## do to a service what happens to services, and print what its 
 
 # What this processor cannot run is skipped, and so is its own tier: all other tests run with that. Under the sanitizers the same tests look for bad memory accesses.
 # One thread for each of two processes; tests/engine/cpu_kernels/test_team.py has more. Every test runs in each tier, with every value of each of its parameters;
-# all combinations of them run with the own tier, and with the others when `make kernels CASES=all` says so.
+# all combinations of them run with the own tier. `make kernels CASES=all` runs them with every tier; without it, AVX2 stands for the others.
 # They are compiled first, in no test's time and without the sanitizers' library in the compiler.
 COMPILE      = $(1) $(BIN)/python -m powerband doctor --compile
 KERNEL_TESTS = OMP_NUM_THREADS=1 $(1) $(BIN)/python -m pytest --no-header -p no:cacheprovider $(if $(filter all,$(CASES)),,--fewer-cases) --save-counts $(COUNTS)/$(subst -,_,$@).json $(2)
@@ -70,7 +70,7 @@ SANITIZERS   = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-
 kernels: $(DEV)  ## the tests of the C++ kernels, compiled for older processors and with sanitizers; whole models without any (CASES=all)
 	@own=$$($(BIN)/python -c "from powerband.engine.kernels.cpu.library import load; print(load().tier)"); \
 	$(MAKE) --no-print-directory -j 2 --output-sync kernels-sanitized kernels-off \
-	  $$(for tier in plain avx2 avx512; do [ $$tier = $$own ] || echo kernels-$$tier; done)
+	  $$(for tier in $(if $(filter all,$(CASES)),plain avx2 avx512,avx2); do [ $$tier = $$own ] || echo kernels-$$tier; done)
 
 kernels-off: $(DEV)
 	@echo "· kernels: none"
