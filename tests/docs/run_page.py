@@ -300,7 +300,9 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--calibrated", action="store_true", help="begin on a machine that has been calibrated")
     parser.add_argument("--only-plans", action="store_true", help="only commands that plan")
-    parser.add_argument("--ends-s", type=float, default=30.0, help="until all that were told to end are gone")
+    parser.add_argument(
+        "--ends-s", type=float, default=30.0, help="until all processes that were asked to end are gone"
+    )
     arguments = parser.parse_args()
     # Whoever starts this in the background has Ctrl-C ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)

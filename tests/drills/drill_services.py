@@ -35,7 +35,7 @@ def plan_of(replica: Replica = SMALL, *, count: int = 3, rate: float = 4.0) -> P
     return Plan(
         model="demo",
         workload=Workload(name="drill", arrivals=OpenLoop.at(rate), requests=requests),
-        slo=SLO.parse("ttft=60s@p95"),  # nobody is to be refused while another starts on the same, busy cores
+        slo=SLO.parse("ttft=60s@p95"),  # no refusals while a replica starts on the same, busy cores
         promise=Promise(rate),
         deployment=Deployment(engine="powerband", pools=(ReplicaPool(replica=replica, count=count),)),
     )

@@ -154,7 +154,7 @@ def read_body(data: bytes, endpoint: Endpoint, script: Behavior) -> MockRequest:
         raise InvalidRequest("The body has no prompt.", param="messages" if endpoint == "chat" else "prompt")
     if not 1 <= body.output_tokens <= MAX_OUTPUT_TOKENS:
         raise InvalidRequest(f"{body.output_tokens} output tokens.", hint=f"1 to {MAX_OUTPUT_TOKENS} may be asked for.")
-    if (body.n or 1) > 1 and not body.stream:
+    if (body.n or 1) > 1 and not body.stream:  # of a stream, one choice is what tests of gateways need
         raise InvalidRequest("This server gives one answer.", hint="Leave 'n' out.", param="n")
     known = body.resume_token_ids or body.emitted_in_prompt
     if known != list(range(len(known))):

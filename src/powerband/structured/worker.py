@@ -27,7 +27,7 @@ def _answer(tokens: LLTokenizer, request: dict[str, Any]) -> dict[str, Any]:
         return {"error": error.message, "kind": "refused", "hint": error.hint, "param": error.param, "code": error.code}
     except (MemoryError, RecursionError):
         return {"error": "it takes more memory than a grammar may", "kind": "limit"}
-    except Exception as error:  # whatever a library raises for what nobody thought of
+    except Exception as error:  # the library raises more than it documents
         return {"error": f"it cannot be read ({type(error).__name__}: {str(error)[:200]})", "kind": "limit"}
 
 

@@ -22,7 +22,6 @@ _NOT_STORED = "Responses are not stored: send the whole conversation to /v1/resp
 _CHAT = "Use /v1/chat/completions."
 # The beginning of a path → the API that it belongs to.
 _OTHER_APIS = {
-    "/v1/embeddings": "Embeddings",
     "/v1/images": "Images",
     "/v1/audio": "Audio",
     "/v1/moderations": "Moderation",
@@ -31,11 +30,6 @@ _OTHER_APIS = {
     "/v1/assistants": "OpenAI's Assistants API",
     "/v1/threads": "OpenAI's Assistants API",
     "/v1/realtime": "OpenAI's Realtime API",
-    "/v1/rerank": "Reranking",
-    "/v2/rerank": "Reranking",
-    "/rerank": "Reranking",
-    "/v1/score": "Scoring",
-    "/score": "Scoring",
     "/pooling": "Pooling",
     "/classify": "Classification",
     "/api/": "Ollama's API",
