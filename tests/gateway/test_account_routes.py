@@ -135,6 +135,16 @@ def test_every_admin_action_is_in_the_chain_and_tampering_shows(service: Service
     assert len(service.ask("GET", "/admin/audit?after=2&limit=1").json()["data"]) == 1
 
 
+def test_reports_show_what_was_done_just_before(service: Service) -> None:
+    service.finish("r1", "anonymous")
+    for count in range(1, 11):
+        service.accounts.audit("root", "drain", {"replica": "a"})  # as the routes do that do not wait for the disk
+        found = service.ask("GET", "/admin/audit?limit=1000").json()["data"]
+        assert sum(entry["action"] == "drain" for entry in found) == count
+        service.ask("POST", "/v1/feedback", {"request_id": "r1", "score": count / 10}, secret="")
+        assert service.ask("GET", "/admin/feedback").json()["data"][0]["score"] == count / 10
+
+
 def test_usage_names_keys_and_says_what_was_lost(service: Service) -> None:
     key = service.ask("POST", "/admin/keys", {"name": "app"}).json()
     for index in range(3):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import time
@@ -149,9 +148,6 @@ class KeyRoutes:
         return asdict(key) | {"object": "key", "used": self._accounts.limits.used(key)}
 
 
-_WRITE_S = 1.0
-
-
 class ReportRoutes:
     def __init__(self, accounts: Accounts) -> None:
         self._accounts = accounts
@@ -162,9 +158,7 @@ class ReportRoutes:
         since = _since(request, "24h", now)
         if len(set(by)) != len(by):
             raise InvalidRequest(f"'by' is {','.join(by)!r}; name each only once.", param="by")
-        with contextlib.suppress(StoreUnavailable):  # include requests that ended just before, unless the disk is full
-            await self._accounts.store.saved(timeout_s=_WRITE_S)
-        rows = await self._accounts.store.query(lambda connection: report(connection, by, since, now))
+        rows = await self._accounts.store.read_latest(lambda connection: report(connection, by, since, now))
         total = await self._accounts.store.query(lambda connection: report(connection, [], since, now))
         names = {key.id: key.name for key in self._accounts.keys.list()}
         data = [asdict(row) | {"key_name": names.get(row.key, row.key)} for row in rows]
@@ -184,7 +178,7 @@ class ReportRoutes:
         """With check=1 also broken_at: the number of the first entry that is missing or was changed; null: the chain is
         intact."""
         after, limit = _number(request, "after", 0), _number(request, "limit", 100)
-        found = await self._accounts.store.query(lambda connection: entries(connection, after, limit))
+        found = await self._accounts.store.read_latest(lambda connection: entries(connection, after, limit))
         body: dict[str, Any] = {"object": "list", "data": [asdict(entry) for entry in found]}
         if request.query_params.get("check") == "1":
             head = self._accounts.audit_head
@@ -201,13 +195,13 @@ class ReportRoutes:
 
     async def feedback(self, request: Request) -> Response:
         since, limit = _since(request, "7d", time.time()), _number(request, "limit", 100)
-        found = await self._accounts.store.query(lambda connection: read_feedback(connection, since, limit))
+        found = await self._accounts.store.read_latest(lambda connection: read_feedback(connection, since, limit))
         return json_response({"object": "list", "data": found})
 
     async def content(self, request: Request) -> Response:
         id, limit = _key_id(request), _number(request, "limit", 100)
         self._accounts.audit(actor_of(request), "content.read", {"key": id})
-        found = await self._accounts.store.query(lambda connection: stored(connection, id, limit))
+        found = await self._accounts.store.read_latest(lambda connection: stored(connection, id, limit))
         return json_response({"object": "list", "data": found})
 
     async def forget(self, request: Request) -> Response:

@@ -39,6 +39,7 @@ _BATCH = 2_000
 _MAX_PAUSE_S = 5.0
 _BUSY_S = 1.0
 _LOCK_S = 2.0
+_WRITE_S = 1.0  # how long a query waits for what was queued before it
 # Errors of a row, or of preparing it, rather than of the disk or the file: it would fail again.
 BAD_ROW = (
     *(sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError),
@@ -187,6 +188,12 @@ class Store:
     async def query(self, function: Callable[[sqlite3.Connection], Found]) -> Found:
         """`read` in another thread."""
         return await asyncio.to_thread(self.read, function)
+
+    async def read_latest(self, function: Callable[[sqlite3.Connection], Found]) -> Found:
+        """`query` that also finds what was queued before it, unless that cannot be written now."""
+        with contextlib.suppress(StoreUnavailable):
+            await self.saved(_WRITE_S)
+        return await self.query(function)
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Write buffered rows, for at most about `timeout_s`, and log how many are lost."""
