@@ -24,6 +24,7 @@ from powerband.gateway.proxy.pass_through.errors import error_event
 from powerband.gateway.proxy.pass_through.request import PassThroughRequest, lacks_endpoint
 from powerband.gateway.proxy.pass_through.state import PassThroughState
 from powerband.gateway.request import GatewayRequest
+from powerband.web.client_connection import while_connected
 
 _OUTSIDE_RESULTS = 2  # the results are one level deeper
 
@@ -38,7 +39,8 @@ def make_routes(gateway: Gateway, accounts: Accounts) -> list[Route]:
 
 async def _take(gateway: Gateway, accounts: Accounts, endpoint: PassThroughEndpoint, request: Request) -> Response:
     path = request.scope["path"]
-    client_request = PassThroughRequest(await gateway.read_body(request), endpoint, path)
+    with while_connected(request.scope):
+        client_request = await gateway.read(request, lambda data: PassThroughRequest(data, endpoint, path))
     served = gateway.served(client_request.fields.model)
     replicas = served.route.replicas
     if replicas and not any(one.adapter.may_offer(path) for one in replicas):
