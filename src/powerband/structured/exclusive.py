@@ -1,4 +1,4 @@
-"""Alternatives of `oneOf` that exclude each other: these are enforced as `anyOf`, which is what the library does exactly."""
+"""Alternatives of `oneOf` that exclude each other: they are enforced as `anyOf`, which the library does exactly."""
 
 from __future__ import annotations
 
