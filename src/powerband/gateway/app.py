@@ -16,6 +16,7 @@ from powerband.gateway.info_routes import InfoRoutes
 from powerband.gateway.observability.metrics import GatewayMetrics
 from powerband.gateway.proxy.handler import GenerationRoutes
 from powerband.gateway.proxy.pass_through.routes import make_routes as pass_through_routes
+from powerband.gateway.proxy.pass_through.stored import make_routes as stored_response_routes
 from powerband.gateway.proxy.token_routes import TokenCountRoutes
 from powerband.gateway.replica_metrics_routes import make_routes as scraping_routes
 from powerband.web.access import allow_pages
@@ -53,6 +54,7 @@ def make_app(gateway: Gateway, accounts: Accounts, metrics: GatewayMetrics) -> A
         Route("/admin/records", admin.records, methods=["GET"]),
         Route("/admin/drain", admin.drain, methods=["POST"]),
         *pass_through_routes(gateway, accounts),
+        *stored_response_routes(accounts),
         *scraping_routes(gateway),
         *make_routes(accounts),
     ]
