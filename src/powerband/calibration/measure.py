@@ -53,6 +53,7 @@ OwnPrecision = Literal["none", "int8", "int4"]  # precisions that our engine has
 ReportProgress = Callable[[str, float], object]  # what is measured, and the share of it that is done
 
 PRECISIONS: tuple[OwnPrecision, ...] = ("none", "int8", "int4")
+PRECISION_TEXTS: dict[str, str] = {"none": "16 bits", "int8": "int8", "int4": "int4"}
 _SHAPES = (  # hidden, MLP, layers, heads, KV heads, head_dim, vocabulary
     (512, 1536, 6, 8, 4, 64, 8192),
     (1024, 3072, 4, 16, 8, 64, 16384),
@@ -110,7 +111,7 @@ def _measure_precision(
 ) -> tuple[DeviceProfile, PrecisionFit]:
     """known: with the laws of other precisions; None: this is the first one."""
     measured = _timed(device, threads, precision, budget_s, report)
-    report(f"{precision}: fit", 0.5)
+    report(f"{PRECISION_TEXTS[precision]}: fit", 0.5)
     return fit_precision(known or _facts(measured, threads), [steps for steps, _ in measured])
 
 
@@ -127,7 +128,7 @@ def _timed(
 
     found = []
     for number, shape in enumerate(_SHAPES):
-        name = f"{precision}: model {number + 1} of {len(_SHAPES)}"
+        name = f"{PRECISION_TEXTS[precision]}: model {number + 1} of {len(_SHAPES)}"
         report(name, 0.0)
         with tempfile.TemporaryDirectory(prefix="powerband-") as folder:
             (Path(folder) / "config.json").write_text(json.dumps(small_llama(*shape)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -33,6 +34,7 @@ def better_of_two(measure: Callable[[], Fit], errors: Callable[[Fit], FitErrors]
     first = measure()
     if is_usable(errors(first)):
         return first
+    print(f"· The error is ±{errors(first).p90:.0%}, too large: measuring once more", file=sys.stderr, flush=True)
     return min((first, measure()), key=lambda fit: errors(fit).p90)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from powerband.calibration.curve_fit import scipy_optimize
 from powerband.calibration.measure import (
+    PRECISION_TEXTS,
     DeviceFits,
     ModelFit,
     ReportProgress,
@@ -25,7 +26,6 @@ from powerband.spec.hardware.profile import DeviceProfile, HostModel
 from powerband.spec.settings import EngineSettings
 
 _MACHINE_FRACTION = 0.6  # of the time; the rest is for the demo model
-_PRECISIONS = {"none": "16 bits", "int8": "int8", "int4": "int4"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Calibration:
         """What was fitted, with the errors of the fits, one row each."""
         rows: list[dict[str, Any]] = [
             {
-                "what": f"any model, {_PRECISIONS[found.quantization]}",
+                "what": f"any model, {PRECISION_TEXTS[found.quantization]}",
                 "steps": found.steps,
                 "bytes_per_s": found.bytes_per_s,
                 "flops_per_s": found.flops_per_s,
@@ -52,7 +52,7 @@ class Calibration:
         ]
         if self.model is not None:
             refinement = self.model.refinement
-            what = f"{refinement.name}, {_PRECISIONS[refinement.quantization]}"
+            what = f"{refinement.name}, {PRECISION_TEXTS[refinement.quantization]}"
             rows.append({"what": what, "steps": self.model.steps, "error": asdict(self.model.errors)})
         return rows
 
