@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers_for_tests import CORPUS, byte_level, save
 
 from powerband.text import tokenizer as text_tokenizer
-from powerband.text.space_cleanup import IncrementalSpaceCleanup, clean_up_spaces
+from powerband.text.pieces import IncrementalSpaceCleanup, clean_up_spaces
 
 CONTRACTIONS = "I don't know , he 's here . They 've ! ' quoted ' isn't we 're ?"
 BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

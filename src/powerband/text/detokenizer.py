@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Collection, Sequence
 
-from powerband.text.space_cleanup import IncrementalSpaceCleanup
+from powerband.text.pieces import IncrementalSpaceCleanup
 from powerband.text.tokenizer import Tokenizer
 
 # A character has at most four bytes, so no more than this many tokens can share one with the output.

@@ -19,8 +19,7 @@ from powerband.documents import LFS_HINT, is_lfs_pointer
 from powerband.errors import EnvironmentFault, InvalidRequest
 from powerband.files import open_regular
 from powerband.text.added_tokens import CONFIG, TokenFiles, read_table, read_token_files
-from powerband.text.pieces import PieceRules, piece_rules
-from powerband.text.space_cleanup import clean_up_spaces
+from powerband.text.pieces import PieceRules, clean_up_spaces, piece_rules
 from powerband.text.tokenizer_class import tokenizer_class
 from powerband.text.tokenizer_growth import check_growth
 
@@ -42,7 +41,7 @@ class Tokenizer:
     """A checkpoint's tokenizer. Nothing changes after loading, so threads may share it.
 
     `special_tokens` maps bos_token, eos_token, … to their text, as chat templates expect them; `config` is
-    tokenizer_config.json. `cleans_up_spaces`: decoded text goes through `space_cleanup`.
+    tokenizer_config.json. `cleans_up_spaces`: decoded text goes through `clean_up_spaces`.
     """
 
     def __init__(self, rust: RustTokenizer, config: dict[str, Any], folder: Path) -> None:
