@@ -57,6 +57,12 @@ CREATE TABLE IF NOT EXISTS content (
     request_id TEXT PRIMARY KEY, at REAL NOT NULL, key_id TEXT NOT NULL, prompt TEXT NOT NULL, output TEXT NOT NULL
 );
 CREATE INDEX IF NOT EXISTS content_by_time ON content (at);
+CREATE TABLE IF NOT EXISTS responses (
+    id TEXT PRIMARY KEY, at REAL NOT NULL, key_id TEXT NOT NULL, request_id TEXT NOT NULL, previous_id TEXT,
+    redacted INTEGER NOT NULL, input BLOB NOT NULL, response BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS responses_by_time ON responses (at);
+CREATE INDEX IF NOT EXISTS responses_by_key ON responses (key_id);
 PRAGMA user_version = 4;
 """
 
