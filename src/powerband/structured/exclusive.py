@@ -1,4 +1,4 @@
-"""Alternatives of `oneOf` that exclude each other: they can be enforced as those of `anyOf`."""
+"""Alternatives of `oneOf` that exclude each other: they are enforced as `anyOf`, which the library does exactly."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Alternatives:
     def exclusive(self, schemas: Sequence[Any], discriminator: Any = None) -> list[Any] | None:
         """The same schemas where no value satisfies two of them; None where that cannot be seen.
 
-        A property whose constants distinguish the objects becomes required: a value without it could satisfy
-        several.
+        Objects that differ by the constants of a property are given that property as a required one: without it, a
+        value could satisfy several.
         """
         facts = [self._facts(schema) for schema in schemas]
         is_object = [one.kinds == frozenset(("object",)) for one in facts]
