@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -14,6 +14,8 @@ import psutil
 from powerband.calibration.curve_fit import FitErrors
 from powerband.errors import EnvironmentFault
 from powerband.spec.hardware.profile import HostModel
+
+logger = logging.getLogger(__name__)
 
 # Catalog devices that nobody has measured are known to ±25 to 35 %. What is further off than these tells nothing.
 MAX_MEDIAN, MAX_P90 = 0.5, 1.0
@@ -34,7 +36,7 @@ def better_of_two(measure: Callable[[], Fit], errors: Callable[[Fit], FitErrors]
     first = measure()
     if is_usable(errors(first)):
         return first
-    print(f"· The error is ±{errors(first).p90:.0%}, too large: measuring once more", file=sys.stderr, flush=True)
+    logger.warning("The error is ±%.0f%%, too large: measuring once more.", 100 * errors(first).p90)
     return min((first, measure()), key=lambda fit: errors(fit).p90)
 
 
