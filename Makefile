@@ -33,7 +33,7 @@ fast: $(DEV)
 	@echo "· fast tests"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --fast --save-counts $(COUNTS)/fast.json $(TESTS)
 
-structured: $(DEV)  ## structured output against 2,000 schemas and as many regular expressions (ten minutes)
+structured: $(DEV)  ## structured output against 2,000 schemas and as many regular expressions (some minutes)
 	@POWERBAND_STRUCTURED_CASES=2000 $(BIN)/python -m pytest -s --timeout=7200 tests/structured/test_answers_of_generated_schemas.py
 
 # Nothing runs twice. Drills mostly wait, and measure: kernels run beside them, with less right to the processors.

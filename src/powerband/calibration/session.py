@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,12 @@ from powerband.calibration.measure import (
     PRECISION_TEXTS,
     DeviceFits,
     ModelFit,
-    ReportProgress,
     fit_step_log,
     measure_machine,
     measure_model,
     with_refinement,
 )
-from powerband.calibration.quality import better_of_two
+from powerband.calibration.quality import ReportProgress, better_of_two
 from powerband.cost.step_log import read_step_log
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.extras import require
@@ -72,7 +72,7 @@ def calibrate_machine(
         machine = measure_machine(device, engine.threads, _MACHINE_FRACTION * seconds, report)
         profile = machine.profile
     budget_s = seconds * (1 if has_model else 1 - _MACHINE_FRACTION)
-    model = better_of_two(lambda: measure_model(engine, budget_s, report), lambda fit: fit.errors)
+    model = better_of_two(partial(measure_model, engine, budget_s), lambda fit: fit.errors, report)
     if machine is not None and model.refinement.host is not None:
         profile = replace(profile, host={**profile.host, "powerband": model.refinement.host})
     return Calibration(with_refinement(profile, model.refinement), machine, model)

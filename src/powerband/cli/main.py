@@ -153,7 +153,7 @@ def _check_variables() -> None:
     """An unknown POWERBAND_ variable is an error of every command, so that a misspelled one does not go unnoticed."""
     if any(name.startswith("POWERBAND_") for name in os.environ):
         from powerband.cli.flags import KNOWN_SETTINGS
-        from powerband.cli.settings import check_variables
+        from powerband.spec.settings_layers import check_variables
 
         check_variables(os.environ, KNOWN_SETTINGS)
 

@@ -12,12 +12,12 @@ from cyclopts import Parameter
 
 from powerband.cli.flags import Json, takes_settings
 from powerband.cli.model.serve import require_engine
-from powerband.cli.settings import Resolved
 from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
 from powerband.errors import EnvironmentFault, RequestTooLong, UsageError
 from powerband.metrics.record import RequestRecord
 from powerband.spec.settings import EngineSettings
+from powerband.spec.settings_layers import Resolved
 
 if TYPE_CHECKING:
     from powerband.engine.client.messages import EngineInfo

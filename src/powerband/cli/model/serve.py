@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from powerband.cli.flags import takes_settings
-from powerband.cli.settings import Resolved
 from powerband.errors import UsageError
 from powerband.extras import require
 from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings
+from powerband.spec.settings_layers import Resolved
 
 
 @takes_settings(EngineSettings, ServerSettings)
@@ -19,7 +19,7 @@ def serve(settings: Resolved) -> int:
     require_engine(settings)
     from powerband.server.run import serve as run
 
-    return run(settings.engine, settings.server)
+    return run(settings.engine, settings.values[ServerSettings])
 
 
 def require_engine(settings: Resolved) -> None:

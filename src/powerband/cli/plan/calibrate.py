@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Group, Parameter
 
 from powerband.cli.flags import Json, takes_settings
-from powerband.cli.machine import compute_device
 from powerband.cli.progress import progress_bar
-from powerband.cli.settings import Resolved
 from powerband.cli.tables import print_table
+from powerband.engine.this_machine import compute_device
 from powerband.errors import UsageError
 from powerband.spec.hardware.catalog import check_profile_can_be_written, local_profile_path, write_profile
 from powerband.spec.settings import EngineSettings
+from powerband.spec.settings_layers import Resolved
 
 if TYPE_CHECKING:
     from powerband.calibration.session import Calibration

@@ -83,8 +83,8 @@ def _gateway_arguments(text: str) -> tuple[str, ...]:
 
     from powerband.cli.flags import KNOWN_SETTINGS
     from powerband.cli.main import build_app
-    from powerband.cli.settings import resolve
     from powerband.gateway.settings import GatewaySettings
+    from powerband.spec.settings_layers import resolve
 
     arguments = tuple(shlex.split(text))
     try:
