@@ -33,7 +33,7 @@ fast: $(DEV)
 	@echo "· fast tests"
 	@$(BIN)/python -m pytest -n 2 --fast --save-counts $(COUNTS)/fast.json $(TESTS)
 
-structured: $(DEV)  ## structured output against 2,000 schemas and as many regular expressions (ten minutes)
+structured: $(DEV)  ## structured output against 2,000 schemas and as many regular expressions (some minutes)
 	@POWERBAND_STRUCTURED_CASES=2000 $(BIN)/python -m pytest -s --timeout=7200 tests/structured/test_answers_of_generated_schemas.py
 
 # Nothing runs twice. Drills and slow tests mostly wait: they run beside each other, and the kernels with less right to the processors.

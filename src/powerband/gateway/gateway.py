@@ -27,6 +27,7 @@ from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
 from powerband.gateway.settings import GatewaySettings
 from powerband.gateway.snapshot import PoolSnapshot
 from powerband.gateway.trace_context import TraceContext, forwarded_trace
+from powerband.gateway.upstream.adapters import load_adapter
 from powerband.gateway.upstream.buffered_response import ResponseBudget, ResponseScanner
 from powerband.gateway.upstream.client import UpstreamClient
 from powerband.gateway.upstream.context_lengths import ContextLengths
@@ -148,6 +149,8 @@ class Gateway:
             else:
                 served.route = model
                 served.pool.update(model)
+            wanted = {one.name: one.path for one in routes.adapters if one.model == model.name}
+            self._served[model.name].pool.wanted_adapters = wanted
         self._names = {
             name: served for served in self._served.values() for name in (served.route.name, *served.route.aliases)
         }
@@ -186,8 +189,11 @@ class Gateway:
     def _serve(self, model: ModelRoute) -> ServedModel:
         pool = Pool(self.settings.pool)
         pool.update(model)
-        prober = Prober(pool, self.upstream.fetch)
+        prober = Prober(pool, self.upstream.fetch, self._load_adapter)
         return ServedModel(model, pool, asyncio.create_task(prober.run(), name=f"probe {model.name}"))
+
+    async def _load_adapter(self, address: ReplicaAddress, name: str, path: str) -> None:
+        await load_adapter(self.upstream, address, name, path)
 
     def served(self, name: str | None) -> ServedModel:
         """By name or alias, or by the name of an adapter; None: the only model. Raises HttpError 404."""

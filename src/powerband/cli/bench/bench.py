@@ -12,7 +12,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import msgspec
 from cyclopts import Group, Parameter
 
 from powerband.cli.bench.options import RequestOptions, SLOFlags, TargetFlags
@@ -23,7 +22,6 @@ from powerband.cli.tables import print_table
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.quantities import number, seconds
 from powerband.spec.workload.options import requested_load
-from powerband.spec.workload.workload import RequestMix
 
 if TYPE_CHECKING:
     from powerband.bench.client.messages import ServerAddress
@@ -270,14 +268,14 @@ def _experiment(
 
 def _asking_for_form(target: ServerAddress, workload: Workload, flags: TargetFlags) -> ServerAddress:
     """The target with what the workload asks of answers. Raises UsageError where another endpoint is named."""
-    form = workload.requests.form if isinstance(workload.requests, RequestMix) else "text"
-    if form == "text":
-        return target
-    if target.endpoint != "chat" and (flags.endpoint or flags.backend):
+    from powerband.bench.client.answer_forms import asking_for, form_of
+
+    form = form_of(workload)
+    if form != "text" and target.endpoint != "chat" and (flags.endpoint or flags.backend):
         raise UsageError(
             f"The workload '{form}' is of chats.", hint="Leave --endpoint out, or name chat.", param="endpoint"
         )
-    return msgspec.structs.replace(target, endpoint="chat", form=form, ignore_eos=False)
+    return asking_for(form, target)
 
 
 def _plan(path: Path, load: ArrivalOptions, requests: RequestOptions, judging: SLOFlags) -> Plan:

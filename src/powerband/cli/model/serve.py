@@ -23,11 +23,16 @@ def serve(settings: Resolved) -> int:
 
 
 def require_engine(settings: Resolved) -> None:
-    """Raise UsageError if no model was named, and MissingPackage without torch."""
+    """Raise UsageError if no model was named, EnvironmentFault or UsageError if it cannot be loaded, and MissingPackage
+    without torch: at once, for importing torch and starting an engine take seconds.
+    """
+    from powerband.engine.model_loader.checkpoint import check_local_model
+
     if "model" not in settings.asked:
         raise UsageError(
             "No model was given.",
             hint="Give a folder, a Hugging Face id, or 'demo' for the model in the package.",
             param="model",
         )
+    check_local_model(settings.engine)
     require("torch", "Powerband's engine")

@@ -58,6 +58,11 @@ def calibrate(
     began_s = time.perf_counter()
     if not 1 <= seconds <= 3600:
         raise UsageError(f"seconds is {seconds:g}.", hint="It lies between 1 and 3600.", param="seconds")
+    from powerband.engine.model_loader.checkpoint import check_local_model, resolve_model
+
+    if from_log is None and "model" in settings.asked:  # what is not there is said, or fetched, before minutes pass
+        check_local_model(settings.engine)
+        resolve_model(settings.engine)
     from powerband.calibration.quality import check_fits, load_per_core
 
     path = out or local_profile_path(_threads(settings.engine, from_log))
