@@ -27,6 +27,7 @@ from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
 from powerband.gateway.settings import GatewaySettings
 from powerband.gateway.snapshot import PoolSnapshot
 from powerband.gateway.trace_context import TraceContext, forwarded_trace
+from powerband.gateway.upstream.adapters import load_adapter
 from powerband.gateway.upstream.buffered_response import ResponseBudget, ResponseScanner
 from powerband.gateway.upstream.client import UpstreamClient
 from powerband.gateway.upstream.context_lengths import ContextLengths
@@ -153,6 +154,8 @@ class Gateway:
             else:
                 served.route = model
                 served.pool.update(model)
+            wanted = {one.name: one.path for one in routes.adapters if one.model == model.name}
+            self._served[model.name].pool.wanted_adapters = wanted
         self._names = {
             name: served for served in self._served.values() for name in (served.route.name, *served.route.aliases)
         }
@@ -191,8 +194,11 @@ class Gateway:
     def _serve(self, model: ModelRoute) -> ServedModel:
         pool = Pool(self.settings.pool)
         pool.update(model)
-        prober = Prober(pool, self.upstream.fetch)
+        prober = Prober(pool, self.upstream.fetch, self._load_adapter)
         return ServedModel(model, pool, asyncio.create_task(prober.run(), name=f"probe {model.name}"))
+
+    async def _load_adapter(self, address: ReplicaAddress, name: str, path: str) -> None:
+        await load_adapter(self.upstream, address, name, path)
 
     def served(self, name: str | None) -> ServedModel:
         """By name or alias, or by the name of an adapter; None: the only model. Raises HttpError 404."""
@@ -236,8 +242,15 @@ class Gateway:
     # ---- requests
 
     async def read(self, request: Request, decode: Callable[[bytes], T]) -> T:
-        """What `decode` makes of the body, once it is its turn. Raises HttpError, and what `decode` raises."""
-        data = await read_body(request, self.settings.max_body_bytes)
+        """What `decode` makes of the body. Raises HttpError, and what `decode` raises."""
+        return await self.decode(request, await self.read_body(request), decode)
+
+    async def read_body(self, request: Request) -> bytes:
+        """Raises HttpError."""
+        return await read_body(request, self.settings.max_body_bytes)
+
+    async def decode(self, request: Request, data: bytes, decode: Callable[[bytes], T]) -> T:
+        """What `decode` makes of the data, once it is its client's turn. Raises what `decode` raises."""
         return await self._decoding.decode(owner_of(request), data, decode)
 
     def begin(self) -> None:

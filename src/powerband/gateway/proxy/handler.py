@@ -146,6 +146,7 @@ class ProxiedResponse(Response, ABC):
         self._is_prompt_counted = False
 
     _buffered_depth: ClassVar[int] = INSIDE_CHOICES  # see BufferedResponse
+    _is_private = False  # its texts are not stored
 
     @abstractmethod
     def _new_state(self) -> ResponseState:
@@ -380,7 +381,7 @@ class ProxiedResponse(Response, ABC):
             else:
                 self._reservation.cancel()
         request = self._request
-        if attempts.replicas:
+        if attempts.replicas and not self._is_private:
             self._accounts.content.note(request, self._client_request.prompt, state.texts)
         record = RequestRecord(
             scheduled_s=request.arrival_s,
