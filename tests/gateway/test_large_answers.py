@@ -19,7 +19,7 @@ from test_replica_answers import CALM, CHAT, STOP, chunk, log, says, serving, st
 
 from powerband.gateway.proxy import relay as relaying
 from powerband.gateway.proxy.relay import Relay
-from powerband.gateway.upstream.buffered_response import MAX_RESPONSE_BYTES
+from powerband.gateway.upstream.buffered_response import MAX_RESPONSE_BYTES, BudgetShare, ResponseBudget
 from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.openai.chunks import read_chunk
 from powerband.openai.events import MAX_EVENT_BYTES
@@ -142,12 +142,28 @@ class Line:
 
     def __init__(self) -> None:
         self.written: list[bytes] = []
+        self.is_aborted = False
+
+    @property
+    def unread_bytes(self) -> int:
+        return sum(map(len, self.written))
+
+    def abort(self) -> None:
+        self.is_aborted = True
 
     def write_chunk(self, data: bytes) -> None:
         self.written.append(data)
 
     def when_writable(self, call: Callable[[], None]) -> None:
         assert self.is_behind
+
+
+async def no_others(_: int) -> None:
+    """It is its turn."""
+
+
+def relay_of(state: Any, piece: bytes, buffered: BudgetShare, turn: Callable[[int], Any] = no_others) -> Any:
+    return Relay(Trip(), state, Exchange(piece), lambda _: None, turn, buffered)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("is_behind", [False, True])
@@ -163,12 +179,9 @@ def test_events_that_come_at_once_are_told_in_turns(is_behind: bool) -> None:
             turns += 1
             await asyncio.sleep(0)
 
-    async def no_others() -> None:
-        """It is its turn."""
-
     async def relay() -> None:
         others = asyncio.create_task(count_turns())
-        told: Any = Relay(Trip(), state, Exchange(piece), lambda _: None, no_others)  # type: ignore[arg-type]
+        told = relay_of(state, piece, BudgetShare(ResponseBudget(), "a"))
         line.write_chunk(await told.read_first_events())
         await told.forward(line)
         others.cancel()
@@ -176,6 +189,43 @@ def test_events_that_come_at_once_are_told_in_turns(is_behind: bool) -> None:
     asyncio.run(relay())
     assert b"".join(line.written).count(b"data: ") == 5001
     assert turns >= 5000 // relaying._EVENTS_OF_A_TURN
+
+
+def test_a_large_event_waits_for_its_turn() -> None:
+    """Beside those of other streams, of which each takes up to 80 ms."""
+    large = chunk({"content": " a"}) | {"more": "x" * (200 << 10)}
+    sizes: list[int] = []
+
+    async def turn(num_bytes: int) -> None:
+        sizes.append(num_bytes)
+
+    async def relay() -> None:
+        line = Line()
+        told = relay_of(story_of(n=1), stream([large, STOP], head=b""), BudgetShare(ResponseBudget(), "a"), turn)
+        line.write_chunk(await told.read_first_events())
+        await told.forward(line)
+
+    asyncio.run(relay())
+    assert max(sizes) > 200 << 10
+
+
+@pytest.mark.parametrize("max_bytes", [1 << 20, 64 << 10])
+def test_what_clients_do_not_read_of_their_streams_is_bounded_together(max_bytes: int) -> None:
+    """One that would hold too much is closed; an error would wait behind what it does not read."""
+    budget, line = ResponseBudget(max_bytes), Line()
+    large = chunk({"content": " a"}) | {"more": "x" * (200 << 10)}
+    line.is_behind = True
+
+    async def relay() -> None:
+        unfinished = stream([large, large], head=b"", done=False)
+        told = relay_of(story_of(n=1), unfinished, BudgetShare(budget, "a"))
+        line.write_chunk(await told.read_first_events())
+        with pytest.raises(UpstreamFailure, match="ended before"):
+            await told.forward(line)
+
+    asyncio.run(relay())
+    assert line.is_aborted == (max_bytes < 200 << 10)
+    assert budget.held["a"] > 200 << 10
 
 
 def test_more_choices_than_were_asked_for_are_refused_before_they_are_read_one_by_one() -> None:

@@ -39,6 +39,15 @@ class ClientConnection:
         if not self.is_lost:
             self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data)
 
+    @property
+    def unread_bytes(self) -> int:
+        """Of what was written, the bytes that wait for the client to read."""
+        return self._transport.get_write_buffer_size()
+
+    def abort(self) -> None:
+        """Close the connection at once, and drop what the client has not read."""
+        self._transport.abort()
+
     def when_writable(self, call: Callable[[], None]) -> None:
         """Call once when the client has caught up; at once if it has."""
         if self.is_behind:

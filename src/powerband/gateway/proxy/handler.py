@@ -58,6 +58,7 @@ from powerband.web.client_connection import (
 from powerband.web.errors import error_body
 from powerband.web.middleware import pass_on_ignored_fields
 from powerband.web.streaming import STREAM_HEADERS
+from powerband.web.turns import LARGE_BYTES
 
 _WITHOUT_STREAM = "Ask for it without stream, or for fewer log-probabilities."
 
@@ -303,7 +304,7 @@ class ProxiedResponse(Response, ABC):
 
     async def _relay_exchange(self, exchange: UpstreamExchange, send: Send) -> None:
         """Relay the events of one replica. Raises UpstreamFailure if the stream is incomplete."""
-        relay = Relay(self._attempts, self._state, exchange, self._count_tokens, self._turn)
+        relay = Relay(self._attempts, self._state, exchange, self._count_tokens, self._turn, self._buffered)
         try:
             if not self._attempts.response_started:
                 pass_on_ignored_fields(self._scope, exchange.headers)
@@ -327,8 +328,10 @@ class ProxiedResponse(Response, ABC):
         if tokens > reservation.output:
             reservation.add_output_tokens(min(tokens, counter.max_output))
 
-    async def _turn(self) -> None:
-        await self._gateway.turns.turn(self._request.tenant)
+    async def _turn(self, num_bytes: int = 0) -> None:
+        """Before a step that takes some 0.5 ms, or longer if it processes more bytes."""
+        turns = self._gateway.turns if num_bytes <= LARGE_BYTES else self._gateway.response_scanner.turns
+        await turns.turn(self._request.tenant)
 
     async def _send(self, send: Send, data: bytes) -> None:
         if not self._attempts.response_started:

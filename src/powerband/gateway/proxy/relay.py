@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from powerband.gateway.proxy.attempts import UpstreamAttempts
 from powerband.gateway.proxy.interfaces import ResponseState
+from powerband.gateway.upstream.buffered_response import BudgetShare, ResponseBudgetExceeded
 from powerband.gateway.upstream.exchange import UpstreamExchange
 from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.openai.chunks import count_ids
@@ -20,6 +21,7 @@ MAX_EVENTS_WITHOUT_TOKEN = 1 << 16
 _EVENTS_WITHOUT_TURN = 8  # of one read; in streams that are not flooded, there are one or two
 _EVENTS_OF_A_TURN = 64  # per turn of the event loop; each takes about 10 µs
 _BYTES_OF_A_TURN = 256 << 10
+_BYTES_WITHOUT_TURN = 64 << 10
 _AFTER_FINISH_S = 5.0  # for the usage and the last event, after every choice has a finish reason
 
 
@@ -35,14 +37,19 @@ class Relay:
         state: ResponseState,
         exchange: UpstreamExchange,
         on_tokens: Callable[[int], None],
-        turn: Callable[[], Awaitable[None]],
+        turn: Callable[[int], Awaitable[None]],
+        buffered: BudgetShare,
     ) -> None:
-        """on_tokens: called with the total number of tokens whenever it grows. turn: awaited before many events."""
+        """on_tokens: called with the total number of tokens whenever it grows. turn: awaited before much is processed,
+        with the bytes of the next event. buffered: what the client has not read.
+        """
         self._attempts = attempts
         self._state = state
         self._exchange = exchange
         self._on_tokens = on_tokens
         self._turn = turn
+        self._buffered = buffered
+        self._has_much = False  # more has come at once than is processed without a turn
         self._reader = EventReader()
         self._events: deque[bytes] = deque()  # not processed yet
         self._has_ended = False
@@ -61,6 +68,8 @@ class Relay:
                 await self._next_turn()
             elif piece := await self._exchange.read():
                 self._split(piece)
+                if self._has_much:
+                    continue
             else:
                 break
             if processed := self._process_events():
@@ -72,14 +81,12 @@ class Relay:
 
         def take(piece: bytes) -> bool:
             self._split(piece)
-            if len(self._events) > _EVENTS_WITHOUT_TURN:
+            if self._has_much:
                 return False
             self._write(connection)
             if self._events or not self._wants_more:
                 return False
-            if connection.is_behind:
-                self._exchange.hold()
-                connection.when_writable(self._exchange.release)
+            self._wait_for(connection)
             return True
 
         while self._wants_more:
@@ -87,9 +94,7 @@ class Relay:
                 await self._next_turn()
                 self._write(connection)
             if self._wants_more:
-                if connection.is_behind:
-                    self._exchange.hold()
-                    connection.when_writable(self._exchange.release)
+                self._wait_for(connection)
                 await self._exchange.stream_to(take)
                 if not self._events:
                     break
@@ -105,9 +110,25 @@ class Relay:
         if not (self._state.may_end if self._has_ended else self._state.is_finished):
             raise self._truncated()
 
+    def _wait_for(self, connection: ClientConnection) -> None:
+        """If the client is behind in reading, take no more of the stream until it has caught up."""
+        if not connection.is_behind:
+            return
+        self._exchange.hold()
+        self._buffered.release()
+        try:
+            self._buffered.add(connection.unread_bytes, connection.unread_bytes)
+        except ResponseBudgetExceeded:
+            connection.abort()  # as if it had left: an error would wait behind what it does not read
+        connection.when_writable(self._go_on)
+
+    def _go_on(self) -> None:
+        self._buffered.release()
+        self._exchange.release()
+
     async def _next_turn(self) -> None:
         await asyncio.sleep(0)
-        await self._turn()
+        await self._turn(len(self._events[0]))
 
     def _split(self, piece: bytes) -> None:
         try:
@@ -115,6 +136,7 @@ class Relay:
         except EventTooLarge as problem:
             self._problem = UpstreamFailure("too_large", f"The replica's {problem}.")
             return
+        self._has_much = len(found) > _EVENTS_WITHOUT_TURN or sum(map(len, found)) > _BYTES_WITHOUT_TURN
         if found:
             self._attempts.progress()
             self._events.extend(found)

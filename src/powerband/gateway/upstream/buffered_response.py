@@ -112,14 +112,14 @@ class ResponseScanner:
     """
 
     def __init__(self) -> None:
-        self._turns = FairTurns(1)
+        self.turns = FairTurns(1)
 
     async def add(self, response: BufferedResponse, piece: bytes, tenant: str) -> None:
         """Add a piece to a response. Raises as `BufferedResponse.add` does."""
         if not response.is_large and response.size + len(piece) <= LARGE_BYTES:
             response.add(piece)
             return
-        await self._turns.turn(tenant)
+        await self.turns.turn(tenant)
         response.add(piece)
         await asyncio.sleep(0)  # by then, the next turn has begun: a response that is alone gets one after another
 
