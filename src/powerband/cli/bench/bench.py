@@ -294,7 +294,8 @@ def _plan(path: Path, load: ArrivalOptions, requests: RequestOptions, judging: S
 def _target(url: str, requests: RequestOptions, flags: TargetFlags) -> ServerAddress:
     """Raises UsageError."""
     from powerband.bench.client.messages import ServerAddress
-    from powerband.bench.client.probe import parse_endpoint, parse_headers, parse_url
+    from powerband.bench.client.probe import parse_endpoint, parse_headers
+    from powerband.http_client.request import server_url
 
     headers = parse_headers(flags.header or ())
     key = flags.api_key or os.environ.get("POWERBAND_API_KEY") or os.environ.get("OPENAI_API_KEY")
@@ -309,7 +310,7 @@ def _target(url: str, requests: RequestOptions, flags: TargetFlags) -> ServerAdd
                 "extra-body is not a JSON object.", hint='Write it like {"top_p": 0.9}.', param="extra_body"
             )
     return ServerAddress(
-        base=parse_url(url),
+        base=server_url(url),
         endpoint=parse_endpoint(flags.endpoint, flags.backend),
         model=flags.model or "",
         headers=headers,
