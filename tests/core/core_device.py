@@ -17,6 +17,7 @@ from powerband.core.step import ErrorInfo, NewRequest, Step, StepResult, TokenLo
 from powerband.spec.kv_layout import KVLayout
 
 LAST_OF_GRAMMAR = 7  # after this token a grammar allows nothing
+MAX_FORCED = 9  # tokens that a grammar leaves no choice about
 VOCABULARY = 50
 GARBAGE = -1  # digest of a slot that a failed step may or may not have written
 BAD_TOKEN = 10**6  # sampled from garbage: must never reach an output
@@ -237,11 +238,14 @@ class CheckingExecutor(SimExecutor):
             rows = range(w.start + 1, min(w.start + w.num_tokens + 1, len(r.prompt)))
             result.prompt_logprobs[w.id] = [TokenLogprobs([r.prompt[i]], [float(i)], 1) for i in rows]
         if w.samples:
-            tokens = self.sampled(r, w, poisoned)
+            tokens = result.tokens[w.id] = self.sampled(r, w, poisoned)
             r.extend(tokens)
-            result.tokens[w.id] = tokens
-            if r.params.grammar is not None and tokens[-1] == LAST_OF_GRAMMAR:
-                result.complete.add(w.id)
+            if r.params.grammar is not None:
+                forced = result.forced[w.id] = self.forced(r, tokens[-1])
+                r.extend(forced)
+                tokens = [*tokens, *forced]
+                if tokens[-1] == LAST_OF_GRAMMAR:
+                    result.complete.add(w.id)
             result.logprobs[w.id] = [TokenLogprobs([token], [-1.0], 1) for token in tokens]
 
     def sampled(self, r: DeviceRequest, w: Work, poisoned: bool) -> list[int]:
@@ -253,6 +257,16 @@ class CheckingExecutor(SimExecutor):
             if draft != tokens[-1]:
                 break
             digest = follow(digest, draft)
+        return tokens
+
+    def forced(self, r: DeviceRequest, token: int) -> list[int]:
+        """What would be sampled next: after some tokens, a grammar leaves no choice about several more."""
+        tokens: list[int] = []
+        if token % 3 == 0:
+            digest = r.digests[-1]
+            while len(tokens) < MAX_FORCED and LAST_OF_GRAMMAR not in tokens:
+                tokens.append(next_token(digest))
+                digest = follow(digest, tokens[-1])
         return tokens
 
     def spoil(self, w: Work) -> None:
@@ -272,7 +286,8 @@ class CheckingHandle:
         ex.clock.wait_until(self.end_s + ex.update_s)
         for w in self.step.works:
             if w.samples and ex.epochs.get(w.id) == w.epoch:
-                ex.requests[w.id].num_confirmed += len(self._result.tokens[w.id])
+                known = [*self._result.tokens[w.id], *self._result.forced.get(w.id, ())]
+                ex.requests[w.id].num_confirmed += len(known)
         if self.fails:
             raise Planted("the step failed")
         return self._result

@@ -79,29 +79,42 @@ def _(right: Any, scheduler: Any, r: Any) -> None:
 
 
 @FAULTS.add("rejected drafts count as computed", take_tokens)
-def _(right: Any, r: Any, work: Any, got: Any) -> Any:
+def _(right: Any, r: Any, work: Any, got: Any, forced: Any, **end: Any) -> Any:
     computed = r.num_computed
-    taken = right(r, work, got)
+    taken = right(r, work, got, forced, **end)
     r.num_computed = computed
     return taken
 
 
 @FAULTS.add("tokens after a stop are reported", take_tokens)
-def _(right: Any, r: Any, work: Any, got: Any) -> Any:
-    kept, finish, stop_token = right(r, work, got)
-    return got if finish is FinishReason.STOP else kept, finish, stop_token
+def _(right: Any, r: Any, work: Any, got: Any, forced: Any, **end: Any) -> Any:
+    kept, finish, stop_token = right(r, work, got, forced, **end)
+    return [*got, *forced] if finish is FinishReason.STOP else kept, finish, stop_token
 
 
 @FAULTS.add("min_tokens is ignored", take_tokens)
-def _(right: Any, r: Any, work: Any, got: Any) -> Any:
+def _(right: Any, r: Any, work: Any, got: Any, forced: Any, **end: Any) -> Any:
     with changed(r, params=replace(r.params, min_tokens=0)):
-        return right(r, work, got)
+        return right(r, work, got, forced, **end)
 
 
 @FAULTS.add("one token too many", take_tokens)
-def _(right: Any, r: Any, work: Any, got: Any) -> Any:
+def _(right: Any, r: Any, work: Any, got: Any, forced: Any, **end: Any) -> Any:
     with changed(r, max_length=r.max_length + 1):
-        return right(r, work, got)
+        return right(r, work, got, forced, **end)
+
+
+@FAULTS.add("forced tokens count as computed", take_tokens)
+def _(right: Any, r: Any, work: Any, got: Any, forced: Any, **end: Any) -> Any:
+    taken = right(r, work, got, forced, **end)
+    r.num_computed += len(forced)
+    return taken
+
+
+@FAULTS.add("forced tokens that are cut off end their grammar", take_tokens)
+def _(right: Any, r: Any, work: Any, got: Any, forced: Any, *, is_complete: bool) -> Any:
+    kept, finish, stop_token = right(r, work, got, forced, is_complete=is_complete)
+    return kept, FinishReason.STOP if is_complete else finish, stop_token
 
 
 @FAULTS.add("prompt log-probabilities are reported twice", new_prompt_rows)

@@ -141,6 +141,17 @@ def test_accepted_drafts_after_a_stop_do_not_count() -> None:
     assert output.logprobs == rows[:2]
 
 
+def test_what_a_grammar_forces_is_computed_like_a_prompt() -> None:
+    s = scheduler()
+    add(s, "a", 4, grammar="start: /[ab] and so on[.!]/")
+    step = s.schedule(0.0)
+    assert step is not None
+    (output,) = s.update(step, StepResult({"a": [7]}, forced={"a": [11, 12, 13]}), 0.0)
+    assert (output.token_ids, output.finish_reason) == ([7, 11, 12, 13], None)
+    assert shape(run(s)[0]) == [("a", 4, 4, True)]
+    assert s.stats().generation_tokens == 5
+
+
 def test_a_failed_request_fails_alone() -> None:
     s = scheduler()
     add(s, "a", 4)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,9 +19,11 @@ from hypothesis import strategies as st
 
 from powerband import LLM, SamplingParams, StructuredOutputsParams
 from powerband.errors import InvalidRequest
+from powerband.structured.specification import grammar_of
 
 CASES = int(os.environ.get("POWERBAND_STRUCTURED_CASES", "24"))
-BATCH = 8
+CHOICES = 4  # answers to each
+BATCH = 16  # schemas or expressions that are answered at once
 NAMES = st.sampled_from(["a", "b", "name", "x y", "é", 'q"'])
 COUNTS = st.integers(0, 3)
 PATTERNS = st.sampled_from(["^[a-c]+$", "a", r"^\d{2}$", r"\w", "^(x|yz)*$", r"[^\s]$"])
@@ -94,59 +97,68 @@ def any_schema(depth: int) -> st.SearchStrategy[Any]:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    tiny: dict[str, Any] = {"max_num_seqs": BATCH, "max_model_len": 256, "kv_cache_memory": "16MiB", "threads": 1}
+    seqs = BATCH * CHOICES
+    tiny: dict[str, Any] = {"max_num_seqs": seqs, "max_model_len": 128, "kv_cache_memory": "64MiB", "threads": 1}
     with LLM("demo", load_format="dummy", dtype="float32", device="cpu", **tiny) as llm:
         yield llm
 
 
-class Tally:
-    """What became of the schemas of one test."""
-
-    def __init__(self) -> None:
-        self.num_refused = self.num_without_place = self.num_complete = self.num_cut = 0
-
-
-def check(llm: LLM, tally: Tally, schema: Any) -> None:
-    """Everything that is complete validates; a refusal names a place."""
-    form = StructuredOutputsParams(json=schema, disable_any_whitespace=True)
-    ends = {id: 5.0 for text in ('"', "}", "]") for id in llm.get_tokenizer().encode(text)}  # or few would end
-    asked = SamplingParams(temperature=2, seed=1, max_tokens=48, n=BATCH // 2, structured_outputs=form, logit_bias=ends)
-    try:
-        [result] = llm.generate("x", asked, use_tqdm=False)
-    except InvalidRequest as error:
-        tally.num_refused += 1
-        tally.num_without_place += not (error.param or "").startswith("structured_outputs.json")
-        return
-    kind = jsonschema.Draft202012Validator
-    for output in result.outputs:
-        assert output.finish_reason in ("stop", "length"), (schema, output)
-        if output.finish_reason == "stop":
-            tally.num_complete += 1
-            kind(schema, format_checker=kind.FORMAT_CHECKER).validate(json.loads(output.text))
-        else:
-            tally.num_cut += 1
-
-
-@pytest.mark.parametrize(("schemas", "share"), [(SCHEMAS, 0.75), (any_schema(2), 0.25)], ids=["built", "any-keywords"])
-def test_every_complete_answer_validates(llm: LLM, schemas: st.SearchStrategy[Any], share: float) -> None:
-    tally = Tally()
+def made(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
+    """The same ones every time."""
+    found: list[Any] = []
 
     @seed(7)
     @settings(
-        max_examples=max(int(CASES * share), 1),
+        max_examples=count,
         deadline=None,
         database=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(schemas)
-    def run(schema: Any) -> None:
-        check(llm, tally, schema)
+    @given(strategy)
+    def collect(value: Any) -> None:
+        found.append(value)
 
-    run()
-    print(f"{tally.num_complete} complete, {tally.num_cut} cut off, {tally.num_refused} schemas refused")
-    assert tally.num_complete > 0
-    assert tally.num_without_place == 0
+    collect()
+    return found
+
+
+def answers(llm: LLM, grammars: list[str], **params: Any) -> Iterator[list[Any]]:
+    """To each grammar its answers."""
+    for start in range(0, len(grammars), BATCH):
+        asked = [
+            SamplingParams(temperature=2, seed=1, n=CHOICES, grammar=grammar, **params)
+            for grammar in grammars[start : start + BATCH]
+        ]
+        for result in llm.generate(["x"] * len(asked), asked, use_tqdm=False):
+            yield result.outputs
+
+
+@pytest.mark.parametrize(("schemas", "share"), [(SCHEMAS, 0.75), (any_schema(2), 0.25)], ids=["built", "any-keywords"])
+def test_every_complete_answer_validates(llm: LLM, schemas: st.SearchStrategy[Any], share: float) -> None:
+    """A refusal names a place."""
+    tokens = llm._engine.grammars.tokens
+    taken: list[tuple[Any, str]] = []
+    refused: list[InvalidRequest] = []
+    for schema in made(schemas, max(int(CASES * share), 1)):
+        try:
+            form = StructuredOutputsParams(json=schema, disable_any_whitespace=True)
+            taken.append((schema, grammar_of(form, tokens)))
+        except InvalidRequest as error:
+            refused.append(error)
+    ends = {id: 5.0 for text in ('"', "}", "]") for id in llm.get_tokenizer().encode(text)}  # or few would end
+    kind = jsonschema.Draft202012Validator
+    reasons: Counter[str] = Counter()
+    every = answers(llm, [grammar for _, grammar in taken], max_tokens=48, logit_bias=ends)
+    for (schema, _), outputs in zip(taken, every, strict=True):
+        for output in outputs:
+            reasons[output.finish_reason] += 1
+            assert output.finish_reason in ("stop", "length"), (schema, output)
+            if output.finish_reason == "stop":
+                kind(schema, format_checker=kind.FORMAT_CHECKER).validate(json.loads(output.text))
+    print(f"{reasons['stop']} complete, {reasons['length']} cut off, {len(refused)} schemas refused")
+    assert reasons["stop"] > 0
+    assert all((error.param or "").startswith("structured_outputs.json") for error in refused)
 
 
 REGEXES = st.recursive(
@@ -161,15 +173,10 @@ REGEXES = st.recursive(
 
 
 def test_every_complete_answer_matches_its_regular_expression(llm: LLM) -> None:
-    @seed(7)
-    @settings(max_examples=CASES, deadline=None, database=None, phases=[Phase.generate])
-    @given(REGEXES)
-    def run(pattern: str) -> None:
-        form = StructuredOutputsParams(regex=pattern)
-        asked = SamplingParams(temperature=2, seed=1, max_tokens=20, n=BATCH // 2, structured_outputs=form)
-        [result] = llm.generate("x", asked, use_tqdm=False)
-        for output in result.outputs:
-            assert output.finish_reason in ("stop", "length")
+    tokens = llm._engine.grammars.tokens
+    patterns = made(REGEXES, CASES)
+    grammars = [grammar_of(StructuredOutputsParams(regex=pattern), tokens) for pattern in patterns]
+    for pattern, outputs in zip(patterns, answers(llm, grammars, max_tokens=20), strict=True):
+        for output in outputs:
+            assert output.finish_reason in ("stop", "length"), (pattern, output)
             assert output.finish_reason == "length" or re.fullmatch(pattern, output.text), (pattern, output.text)
-
-    run()

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from powerband.core.request import Request
 from powerband.core.step import ErrorInfo, FinishReason, TokenLogprobs, TokenOutput, Work
 
 
-def take_tokens(r: Request, w: Work, got: list[int]) -> tuple[list[int], FinishReason | None, int | None]:
+def take_tokens(
+    r: Request, w: Work, got: list[int], forced: Sequence[int] = (), *, is_complete: bool = False
+) -> tuple[list[int], FinishReason | None, int | None]:
     """Confirm the tokens that `w` yielded; return those that count, why `r` ends if it does, and its stop token.
 
-    Of accepted drafts, whatever follows a stop is dropped. Stops before `min_tokens` are ordinary tokens.
+    forced: further output, whose positions are still missing, as a prompt's are. is_complete: nothing can follow. Of
+    accepted drafts and of forced tokens, whatever follows a stop is dropped. Stops before `min_tokens` are ordinary
+    tokens.
     """
     r.inflight -= 1
     r.num_pending -= 1 + len(w.drafts)
     r.num_computed -= 1 + len(w.drafts) - len(got)  # positions of rejected drafts
     r.drafting = False
     tokens = r.tokens
+    if forced:
+        got = [*got, *forced]
     for kept, token in enumerate(got, 1):
         tokens.append(token)
         if token in r.stop_ids and r.num_output >= r.params.min_tokens:
             return got[:kept], FinishReason.STOP, token
-        if len(tokens) >= r.max_length:
+        if len(tokens) >= r.max_length and not (is_complete and kept == len(got)):
             return got[:kept], FinishReason.LENGTH, None
-    return got, None, None
+    return got, FinishReason.STOP if is_complete else None, None
 
 
 def token_output(

@@ -313,9 +313,8 @@ class Scheduler:
             if not got or len(got) > 1 + len(w.drafts):
                 outputs.append(self._fail(r, w, step.index, wrong_count(w, got), now))
                 continue
-            got, finish, stop_token = take_tokens(r, w, got)
-            if w.id in result.complete:
-                finish = FinishReason.STOP
+            forced, is_complete = result.forced.get(w.id, ()), w.id in result.complete
+            got, finish, stop_token = take_tokens(r, w, got, forced, is_complete=is_complete)
             counters.generation_tokens += len(got)
             outputs.append(token_output(r, got, now, finish, stop_token, logprobs_of.get(w.id), rows))
             if finish is not None:

@@ -102,7 +102,9 @@ class StepResult:
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     failed: dict[str, ErrorInfo] = field(default_factory=dict)
     vectors: dict[str, bytes] = field(default_factory=dict)  # of pooled prompts: float32 in native byte order
-    complete: set[str] = field(default_factory=set)  # their grammars allow nothing after what `tokens` has
+    # What a grammar leaves no choice about after `tokens[id]`: output, too, whose positions are not computed yet.
+    forced: dict[str, list[int]] = field(default_factory=dict)
+    complete: set[str] = field(default_factory=set)  # their grammars allow nothing after `tokens` and `forced`
 
 
 @dataclass(slots=True)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import Future
 
 import torch
+from llguidance import LLMatcher
 
-from powerband.core.step import ErrorInfo
+from powerband.core.step import ErrorInfo, StepResult
 from powerband.engine.executor.batch import RequestState, Row
 from powerband.structured.compiled import Grammars, reason
 from powerband.structured.masks import MaskFiller, Masks
+
+MAX_FORCED_TOKENS = 256  # after one step: consuming them takes some microseconds each, and all requests wait
 
 
 class GrammarMasks:
@@ -53,15 +57,35 @@ class PendingMasks:
             state.sampling.mask = mask
 
 
-def consume(state: RequestState, token_id: int) -> tuple[ErrorInfo | None, bool]:
-    """Advance the state's grammar by its token. Returns the error, and whether the grammar ends here."""
-    matcher = state.matcher
-    if matcher is None:
-        return None, False
-    if matcher.consume_token(token_id):
-        return None, matcher.is_stopped()
-    return ErrorInfo(
-        "grammar_failed",
-        f"The answer's form could not be followed any further: {reason(matcher)}.",
-        "Ask for a simpler form.",
-    ), False
+def consume(state: RequestState, matcher: LLMatcher, token_id: int, outcome: StepResult) -> ErrorInfo | None:
+    """Advance the state's grammar by its token, and by what that leaves no choice about, which `outcome` gets."""
+    is_followed = matcher.consume_token(token_id)
+    if is_followed and state.sampling.may_skip_choices:
+        forced = _take_forced(state, matcher)
+        if forced:
+            outcome.forced[state.id] = forced
+            state.sampling.record_known(len(state.tokens) + 1, forced)
+    if not is_followed or matcher.is_error():
+        return ErrorInfo(
+            "grammar_failed",
+            f"The answer's form could not be followed any further: {reason(matcher)}.",
+            "Ask for a simpler form.",
+        )
+    if matcher.is_stopped():
+        outcome.complete.add(state.id)
+    return None
+
+
+def _take_forced(state: RequestState, matcher: LLMatcher) -> list[int]:
+    """Consume the tokens of which every mask would allow nothing else.
+
+    They are llguidance's fast-forward tokens: where it has some, its mask has a single bit, that of the first. So no
+    sampling could choose differently, and what the model sees is what it would have written. Tokens that may end an
+    answer are left to the sampler, which knows about `min_tokens`.
+    """
+    found = matcher.compute_ff_tokens()[:MAX_FORCED_TOKENS]
+    if found:
+        ends = set(state.params.end_token_ids)
+        found = list(itertools.takewhile(lambda id: id not in ends, found))
+        matcher.consume_tokens(found)
+    return found

@@ -44,18 +44,16 @@ class PendingStep:
             values = sampled.values()
             for index, row in enumerate(rows):
                 state, token = row.state, values.token_ids[index]
-                error, is_complete = values.failed.get(index), False
-                if error is None:
-                    error, is_complete = consume(state, token)
+                error = values.failed.get(index)
+                if error is None and state.matcher is not None:
+                    error = consume(state, state.matcher, token, outcome)
                 if error is not None:
                     outcome.failed[state.id] = error
                     continue
-                if is_complete:
-                    outcome.complete.add(state.id)
                 outcome.tokens[state.id] = [token]
                 if (entry := values.logprobs[index]) is not None:
                     outcome.logprobs[state.id] = [entry]
-                state.tokens.append(token)
+                state.tokens += [token, *outcome.forced.get(state.id, ())]
                 if state.pending is not None and state.pending[0] is sampled.token_ids:
                     state.pending = None
         return outcome

@@ -147,13 +147,26 @@ class SamplingState:
         """Ids of the only tokens that may be chosen, each once; None: all. Shared with other states."""
         return self._fixed.allowed
 
-    def record(self, position: int, token_id: Tensor) -> None:
-        """Note the token at `position`, as a tensor [1] on the device."""
+    @property
+    def may_skip_choices(self) -> bool:
+        """Whether a token that its mask leaves as the only one is certain to be chosen, and nothing else is asked."""
+        p = self.params
+        return p.logprobs is None and p.allowed_token_ids is None and p.bad_words_token_ids is None
+
+    def record(self, position: int, token_ids: Tensor) -> None:
+        """Note the tokens at `position` and on, as a tensor [tokens] on the device."""
         if not self.keeps_history:
             return
-        if position >= len(self._history):
-            self._history = torch.cat([self._history, torch.zeros_like(self._history)])
-        self._history[position : position + 1] = token_id
+        end = position + len(token_ids)
+        if end > len(self._history):
+            self._history = F.pad(self._history, (0, max(end, len(self._history))))
+        self._history[position:end] = token_ids
+
+    @torch.inference_mode()
+    def record_known(self, position: int, token_ids: Sequence[int]) -> None:
+        """The same with tokens from the host."""
+        if self.keeps_history:
+            self.record(position, self._ids(token_ids))
 
     def tokens(self, start: int, end: int) -> Tensor:
         """Tokens at [start, end) on the device, for a state that keeps its history."""
