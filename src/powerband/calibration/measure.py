@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
@@ -26,9 +26,10 @@ from powerband.calibration.engine_fit import (
     window_errors,
 )
 from powerband.calibration.operator_fit import ModelSteps, PrecisionFit, fit_precision, peak_rates
-from powerband.calibration.quality import better_of_two
+from powerband.calibration.quality import ReportProgress, better_of_two
 from powerband.calibration.step_fit import fit_steps, held_out_error
 from powerband.cost.measured_steps import MeasuredStepTimes
+from powerband.cost.memory import MemoryPlan
 from powerband.cost.step_log import RunConfiguration, StepLogRun, StepSample
 from powerband.metrics.record import percentile
 from powerband.spec.hardware.device import detect_cpu
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from powerband.engine.build import Engine
 
 OwnPrecision = Literal["none", "int8", "int4"]  # precisions that our engine has
-ReportProgress = Callable[[str, float], object]  # what is measured, and the share of it that is done
 
 PRECISIONS: tuple[OwnPrecision, ...] = ("none", "int8", "int4")
 PRECISION_TEXTS: dict[str, str] = {"none": "16 bits", "int8": "int8", "int4": "int4"}
@@ -93,8 +93,8 @@ def measure_machine(device: str, threads: int | None, budget_s: float, report: R
     profile: DeviceProfile | None = None
     precisions = PRECISIONS if device == "cpu" else PRECISIONS[:1]
     for precision in precisions:
-        once = partial(_measure_precision, device, threads, precision, budget_s / len(precisions), report, profile)
-        profile, found = better_of_two(once, lambda measured: measured[1].held_out)
+        once = partial(_measure_precision, device, threads, precision, budget_s / len(precisions), profile)
+        profile, found = better_of_two(once, lambda measured: measured[1].held_out, report)
         fits.append(found)
     if profile is None:
         raise AssertionError("there is a precision")
@@ -106,8 +106,8 @@ def _measure_precision(
     threads: int | None,
     precision: OwnPrecision,
     budget_s: float,
-    report: ReportProgress,
     known: DeviceProfile | None,
+    report: ReportProgress,
 ) -> tuple[DeviceProfile, PrecisionFit]:
     """known: with the laws of other precisions; None: this is the first one."""
     measured = _timed(device, threads, precision, budget_s, report)
@@ -250,7 +250,7 @@ def measure_model(settings: EngineSettings, budget_s: float, report: ReportProgr
         shapes = grid(limits.max_model_len, limits.max_num_batched_tokens, limits.max_num_seqs)
         name = f"{settings.model}: steps"
         samples = StepBenchmark(engine).samples(shapes, budget_s / 2, partial(report, name))
-        form, max_len, kv_tokens = engine.form, limits.max_model_len, engine.memory.kv_tokens
+        form, max_len, kv_tokens = engine.form, limits.max_model_len, _tokens_written_once(engine.memory)
     with tempfile.TemporaryDirectory(prefix="powerband-") as folder:
         loads, steps = asyncio.run(_serve(settings, Path(folder), max_len, kv_tokens, budget_s / 2, report))
     timings = busy_timings(steps)
@@ -267,6 +267,11 @@ def measure_model(settings: EngineSettings, budget_s: float, report: ReportProgr
         evidence=Evidence(source=f"steps and loads, {_today()}", error=band),
     )
     return ModelFit(refinement, len(samples), held_out_error(samples), sum(len(load.result.samples) for load in loads))
+
+
+def _tokens_written_once(memory: MemoryPlan) -> int:
+    """As many as write the whole KV cache once. A position takes a part of a page in each group of layers."""
+    return memory.num_blocks * memory.block_size // memory.layout.groups
 
 
 async def _serve(

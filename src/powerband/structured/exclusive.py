@@ -38,7 +38,7 @@ class Alternatives:
     def exclusive(self, schemas: Sequence[Any], discriminator: Any = None) -> list[Any] | None:
         """The same schemas where no value satisfies two of them; None where that cannot be seen.
 
-        Objects that a property tells apart by its constants are given that property as a required one: without it, a
+        Objects that differ by the constants of a property are given that property as a required one: without it, a
         value could satisfy several.
         """
         facts = [self._facts(schema) for schema in schemas]

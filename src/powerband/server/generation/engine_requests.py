@@ -28,7 +28,7 @@ from powerband.server.protocol import GenerationRequest
 from powerband.server.replica import Model, ServerState
 from powerband.server.replies import CompletionTokensDetails, Finish, PromptTokensDetails, Usage
 from powerband.spec.settings import EngineSettings
-from powerband.web.middleware import ClientDisconnected
+from powerband.web.client_connection import ClientDisconnected
 from powerband.web.streaming import DisconnectWatcher
 
 P = ParamSpec("P")

@@ -19,6 +19,7 @@ from powerband.errors import InvalidRequest
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.keys import Key
 from powerband.gateway.accounts.responses import ResponseStore, StoredResponse, listed, too_large
+from powerband.gateway.gateway import Gateway
 from powerband.gateway.proxy.pass_through.request import PassThroughFields
 from powerband.gateway.request import ANONYMOUS
 from powerband.openai.chunks import FIELDS
@@ -61,12 +62,12 @@ class ResponseToStore:
         )
 
 
-async def prepare(request: Request, data: bytes, responses: ResponseStore, max_bytes: int) -> PreparedRequest:
+async def prepare(gateway: Gateway, responses: ResponseStore, request: Request) -> PreparedRequest:
     """Write the conversation before a request into it. Raises PowerbandError."""
+    max_bytes, data = gateway.settings.max_body_bytes, await gateway.read_body(request)
     if not responses.on:
         return PreparedRequest(data)
-    fields = decode(data, _Fields)
-    raw: dict[str, Raw] = FIELDS.decode(data)
+    fields, raw = await gateway.decode(request, data, _parse)
     previous, key_id, items = fields.previous_response_id or None, _key_id(request), _items(raw)
     if previous is not None:
         if items is None:
@@ -84,6 +85,10 @@ async def prepare(request: Request, data: bytes, responses: ResponseStore, max_b
     id = f"resp_{secrets.token_hex(24)}"  # nobody can guess it
     kept = ResponseToStore(responses, id, key_id, request.state.request_id, previous, b"[%b]" % items)
     return PreparedRequest(data, kept)
+
+
+def _parse(data: bytes) -> tuple[_Fields, dict[str, Raw]]:
+    return decode(data, _Fields), FIELDS.decode(data)
 
 
 def _items(fields: dict[str, Raw]) -> bytes | None:
