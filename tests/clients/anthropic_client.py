@@ -70,7 +70,7 @@ def _() -> None:
         for one in functions()
     ]
     for _ in range(MAX_TURNS):
-        answer = client.messages.create(messages=messages, tools=tools, temperature=0, **CALL)
+        answer = client.messages.create(messages=messages, tools=tools, extra_body={"temperature": 0}, **CALL)
         uses: Any = [block for block in answer.content if block.type == "tool_use"]
         if not uses:
             break
