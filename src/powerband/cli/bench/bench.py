@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json as json_format
 import os
 import sys
@@ -435,12 +436,16 @@ def _results_folder(folder: Path) -> Iterator[None]:
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as problem:
+        why = "it is a file, not a folder" if folder.is_file() else problem.strerror
+        hint = "--out FOLDER names another place."
+        raise EnvironmentFault(f"Cannot write results to {folder}: {why}.", hint=hint, param="out") from None
+    try:
         yield
-    except BaseException as problem:
+    except BaseException:
         with contextlib.suppress(OSError):
             if is_new:
                 folder.rmdir()
-        if isinstance(problem, OSError) and problem.filename == str(folder):
-            why = "it is a file, not a folder" if folder.is_file() else problem.strerror
-            raise EnvironmentFault(f"Cannot write results to {folder}: {why}.", param="out") from None
         raise
