@@ -45,7 +45,12 @@ CLIENTS = (
     Client("anthropic", "anthropic", ("anthropic",), "anthropic_client.py"),
     Client("langchain", "langchain-openai", ("langchain-openai", "langchain-anthropic"), "langchain_client.py"),
     Client("litellm", "litellm", ("litellm",), "litellm_client.py"),
-    Client("llamaindex", "llama-index-llms-openai-like", ("llama-index-llms-openai-like",), "llamaindex_client.py"),
+    Client(
+        "llamaindex",
+        "llama-index-llms-openai-like",
+        ("llama-index-llms-openai-like", "llama-index-embeddings-openai-like"),
+        "llamaindex_client.py",
+    ),
     Client("instructor", "instructor", ("instructor", "anthropic"), "instructor_client.py"),
     Client("pydantic-ai", "pydantic-ai-slim", ("pydantic-ai-slim[openai,anthropic]",), "pydantic_ai_client.py"),
 )
@@ -152,8 +157,10 @@ def main() -> int:
     outcomes = []
     with contextlib.ExitStack() as stack:
         database = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "gateway.sqlite"
-        replica = stack.enter_context(running("serve", "demo", *shlex.split(arguments.serve_args)))
-        gateway = stack.enter_context(running("gateway", f"--replica={replica}", f"--database={database}"))
+        replica = stack.enter_context(running("serve", "demo", "--convert=embed", *shlex.split(arguments.serve_args)))
+        gateway = stack.enter_context(
+            running("gateway", f"--replica={replica}", f"--database={database}", "--store-content")
+        )
         for client in chosen:
             found = [run(client, pythons[client.name], url, "demo") for url in (replica, gateway)]
             outcomes.append((client, found[0], found[1]))

@@ -14,13 +14,13 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from powerband.cli.flags import KNOWN_SETTINGS
-from powerband.cli.settings import PREFIX
 from powerband.gateway.observability.metrics import GatewayMetrics
 from powerband.metrics.prometheus import ALIASES, EngineMetrics
 from powerband.renamed import new_names, option
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.plan import Plan, PlanCost, Promise
 from powerband.spec.settings import KIND_NAMES, choices, value_types
+from powerband.spec.settings_layers import PREFIX
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop, Replay
 from powerband.spec.workload.lengths import KINDS as LENGTHS

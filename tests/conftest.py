@@ -1,22 +1,26 @@
 """What holds for all tests: Ctrl-C works in what they start, no example has a time limit, and they run in parts whose
 counts are added up.
 
-`--fast` leaves out what takes seconds; `--slow` runs just that. `--save-counts FILE` keeps how many tests passed, and
-`--add-counts FOLDER` counts those of earlier runs in the last line, which then speaks of all parts together.
+`--fast` leaves out what takes seconds; `--slow` runs just that. `--save-counts FILE` keeps how many tests passed;
+`python tests/conftest.py FOLDER` prints the sum of such files.
 """
 
 from __future__ import annotations
 
 import json
 import signal
+import sys
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 TESTS = Path(__file__).parent
 SLOW_FILES = [TESTS / line for line in (TESTS / "slow_files.txt").read_text().splitlines() if not line.startswith("#")]
+PAGES_FILE = "docs/test_pages_run.py"
 SLOW_FOLDERS = {TESTS / "drills", TESTS / "benchmarks", TESTS / "kernels"}
 
 # A shell starts what it runs in the background with Ctrl-C ignored, and children inherit that: programs that the tests
@@ -35,7 +39,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run only what --fast leaves out")
     parser.addoption("--fewer-cases", action="store_true", help="of kernels: see engine/cpu_kernels/conftest.py")
     parser.addoption("--save-counts", type=Path, metavar="FILE", help="write how many tests passed")
-    parser.addoption("--add-counts", type=Path, metavar="FOLDER", help="count tests of earlier runs, too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,6 +65,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = sorted((item for item in items if is_slow[item]), key=lambda item: place.get(item.path, len(place)))
 
 
+class FilesAndPages(LoadScopeScheduling):
+    """As `--dist loadfile`: a file's tests in one process, which share its fixtures. Each documented page, which shares
+    none, goes to whichever process is free.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return nodeid if file.endswith(PAGES_FILE) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    return FilesAndPages(config, log)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A package may have only fast tests, or only slow ones."""
     is_part = session.config.getoption("--fast") or session.config.getoption("--slow")
@@ -70,14 +87,25 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    stats = terminalreporter.stats
     if file := config.getoption("--save-counts"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({outcome: len(stats.get(outcome, ())) for outcome in COUNTED}))
-    if folder := config.getoption("--add-counts"):
-        for path in sorted(folder.glob("*.json")):
-            counts = {outcome: count for outcome, count in json.loads(path.read_text()).items() if count}
-            says = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-            terminalreporter.write_line(f"{path.stem}: {says}")
-            for outcome, count in counts.items():
-                stats.setdefault(outcome, []).extend(SimpleNamespace(count_towards_summary=True) for _ in range(count))
+        counts = {outcome: len(terminalreporter.stats.get(outcome, ())) for outcome in COUNTED}
+        file.write_text(json.dumps(counts))
+
+
+def print_counts(folder: Path) -> None:
+    """A line for each part of the tests, and one for all of them."""
+    total: Counter[str] = Counter()
+    for path in sorted(folder.glob("*.json")):
+        counts = Counter(json.loads(path.read_text()))
+        total += counts
+        print(f"{path.stem}: {_shown(counts)}")
+    print(f"all tests: {_shown(total)}")
+
+
+def _shown(counts: Counter[str]) -> str:
+    return ", ".join(f"{counts[outcome]} {outcome}" for outcome in COUNTED if counts[outcome])
+
+
+if __name__ == "__main__":
+    print_counts(Path(sys.argv[1]))

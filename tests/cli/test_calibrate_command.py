@@ -17,7 +17,7 @@ import pytest
 from powerband.calibration import quality
 from powerband.calibration.curve_fit import FitErrors
 from powerband.calibration.measure import ModelFit, with_refinement
-from powerband.calibration.quality import better_of_two, busy_text, check_fits
+from powerband.calibration.quality import ReportProgress, better_of_two, busy_text, check_fits
 from powerband.calibration.session import Calibration
 from powerband.cli import progress
 from powerband.cli.main import main
@@ -203,10 +203,16 @@ def test_a_fit_that_is_far_off_is_refused_with_the_reason_unless_it_is_forced(
 
 @pytest.mark.parametrize(("p90s", "kept"), [([0.2], 0.2), ([4.59, 0.3], 0.3), ([4.59, 5.0], 4.59)])
 def test_what_is_too_far_off_is_measured_once_more_and_the_better_is_kept(p90s: list[float], kept: float) -> None:
-    measured = iter(p90s)
-    found = better_of_two(lambda: FitErrors(10, 0.1, 0.1, next(measured), 0.0), lambda fit: fit)
+    measured, shown = iter(p90s), list[str]()
+
+    def measure(report: ReportProgress) -> FitErrors:
+        report("16 bits", 0.5)
+        return FitErrors(10, 0.1, 0.1, next(measured), 0.0)
+
+    found = better_of_two(measure, lambda fit: fit, lambda text, _: shown.append(text))
     assert found.p90 == kept
     assert next(measured, None) is None
+    assert shown == ["16 bits", "16 bits (once more, since the error was ±459%)"][: len(p90s)]
 
 
 def test_a_way_of_a_second_from_the_engine_to_a_client_is_refused() -> None:

@@ -60,10 +60,20 @@ def test_prices_are_those_of_the_provider_that_is_named(capsys: pytest.CaptureFi
     assert " - " in rows["MI300X"]
 
 
+@pytest.mark.parametrize("name", ["A100 80GB", "a100_80gb", "A100-80g", "NVIDIA A100-SXM4-80GB"])
+def test_a_device_is_found_with_any_separators(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["devices", name]) == 0
+    assert capsys.readouterr().out.startswith("name: A100-80G\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
         (["devices", "l5"], 2, "There is no device 'l5' in the catalog."),
+        (["devices", "L40"], 2, "Did you mean L40S?"),
+        (["devices", "4090"], 2, "Did you mean RTX-4090?"),
+        (["devices", "H1000"], 2, "Did you mean H100"),
+        (["devices", "gpu"], 2, "'local' is this machine."),
         (["devices", "--provider", "amazon"], 2, "No price of the provider 'amazon' is known."),
         (["devices", "--prices", "/nowhere.yaml"], 3, "Cannot read /nowhere.yaml"),
         (["devices", "/nowhere.yaml"], 3, "Cannot read /nowhere.yaml"),

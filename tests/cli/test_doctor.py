@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from powerband.cli import doctor
-from powerband.cli.machine import compute_device
 from powerband.cli.main import main
 from powerband.engine.kernels.cpu import library
+from powerband.engine.this_machine import compute_device
 from powerband.spec.settings import EngineSettings
 
 Output = pytest.CaptureFixture[str]

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from powerband.cli.ineffective_options import RULES, check_effects
-from powerband.cli.settings import resolve
 from powerband.errors import UsageError
+from powerband.server.ineffective_options import RULES, check_effects
 from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings
+from powerband.spec.settings_layers import resolve
 
 KNOWN = (EngineSettings, ServerSettings)
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "powerband"

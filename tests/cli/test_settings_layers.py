@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from powerband.cli.main import main
-from powerband.cli.settings import Resolved, resolve
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.gateway.settings import GatewaySettings
 from powerband.renamed import warn_renamed
 from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings
+from powerband.spec.settings_layers import Resolved, resolve
 
 KNOWN = (EngineSettings, ServerSettings)
 
@@ -105,7 +105,7 @@ def test_variables_that_only_resemble_service_links_are_still_refused(variable: 
 
 def test_port_of_ours_is_still_a_setting() -> None:
     settings = resolve([ServerSettings], KNOWN, {}, {"POWERBAND_PORT": "9000"}, None)
-    assert settings.server.port == 9000
+    assert settings.values[ServerSettings].port == 9000
 
 
 def test_unknown_key_names_the_nearest_known_one(file: Path) -> None:

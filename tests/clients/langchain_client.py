@@ -7,8 +7,8 @@ from typing import Any
 from langchain_anthropic import ChatAnthropic
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI
-from reporting import KEY, MAX_TOKENS, MODEL, URL, Weather, check_weather, feature
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+from reporting import KEY, MAX_TOKENS, MODEL, TEXTS, URL, Weather, check_weather, feature
 
 QUESTION = "What does os.path.join do?"
 _OPENAI: Any = {"model": MODEL, "base_url": f"{URL}/v1", "api_key": KEY, "temperature": 0, "max_retries": 0}
@@ -53,3 +53,13 @@ check_model("ChatOpenAI", ChatOpenAI(max_completion_tokens=MAX_TOKENS, **_OPENAI
 check_model("ChatOpenAI (Responses)", ChatOpenAI(use_responses_api=True, max_completion_tokens=MAX_TOKENS, **_OPENAI))
 _anthropic: Any = {"model": MODEL, "base_url": URL, "api_key": KEY, "max_tokens": MAX_TOKENS, "max_retries": 0}
 check_model("ChatAnthropic", ChatAnthropic(**_anthropic))
+
+
+@feature("OpenAIEmbeddings, check_embedding_ctx_length=False")
+def _() -> None:
+    """With the check, the client would send token ids of an OpenAI model."""
+    model = OpenAIEmbeddings(
+        model=MODEL, base_url=f"{URL}/v1", api_key=KEY, check_embedding_ctx_length=False, max_retries=0
+    )
+    assert len(model.embed_documents(TEXTS)) == 2
+    assert len(model.embed_query(TEXTS[0])) > 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import litellm
-from reporting import HI, KEY, MAX_TOKENS, MODEL, PARAMETERS, URL, Weather, check_weather, feature
+from reporting import HI, KEY, MAX_TOKENS, MODEL, PARAMETERS, TEXTS, URL, Weather, check_weather, feature
 
 TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
 APIS: dict[str, Any] = {
@@ -37,3 +37,9 @@ def _() -> None:
 @feature("responses, openai")
 def _() -> None:
     assert litellm.responses(input="What does os.path.join do?", max_output_tokens=MAX_TOKENS, **APIS["openai"]).output
+
+
+@feature("embedding, openai")
+def _() -> None:
+    vectors = litellm.embedding(input=TEXTS, encoding_format="float", **APIS["openai"]).data
+    assert [len(one["embedding"]) > 8 for one in vectors] == [True, True]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from llama_index.core.llms import ChatMessage
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
+from llama_index.embeddings.openai_like import OpenAILikeEmbedding
 from llama_index.llms.openai_like import OpenAILike
-from reporting import KEY, MAX_TOKENS, MODEL, URL, Weather, check_weather, feature
+from reporting import KEY, MAX_TOKENS, MODEL, TEXTS, URL, Weather, check_weather, feature
 
 QUESTION = "What does os.path.join do?"
 llm = OpenAILike(
@@ -44,3 +45,10 @@ def _() -> None:
 def _() -> None:
     found = llm.structured_predict(Weather, PromptTemplate(QUESTION), llm_kwargs={"tool_required": True})
     assert isinstance(found, Weather)
+
+
+@feature("OpenAILikeEmbedding")
+def _() -> None:
+    model = OpenAILikeEmbedding(model_name=MODEL, api_base=f"{URL}/v1", api_key=KEY, max_retries=0)
+    assert len(model.get_text_embedding_batch(TEXTS)) == 2
+    assert len(model.get_query_embedding(TEXTS[0])) > 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import openai
-from reporting import HI, KEY, MAX_TOKENS, MODEL, PARAMETERS, URL, Weather, check_weather, feature, refusal
+from reporting import HI, KEY, MAX_TOKENS, MODEL, PARAMETERS, TEXTS, URL, Weather, check_weather, feature, refusal
 
 client = openai.OpenAI(base_url=f"{URL}/v1", api_key=KEY, max_retries=0)
 FUNCTION = {"name": "weather", "description": "The weather of a city", "parameters": PARAMETERS, "strict": True}
@@ -110,6 +110,15 @@ def _() -> None:
 @feature("responses.parse")
 def _() -> None:
     assert isinstance(client.responses.parse(input=HI, text_format=Weather, **CALL).output_parsed, Weather)
+
+
+@feature("embeddings.create")
+def _() -> None:
+    asked: Any = {"model": MODEL, "input": TEXTS, "dimensions": 8}
+    packed, plain = (client.embeddings.create(**asked, **more).data for more in ({}, {"encoding_format": "float"}))
+    for one, other in zip(packed, plain, strict=True):  # the client asks for base64 unless told otherwise
+        assert len(one.embedding) == 8
+        assert all(abs(a - b) < 1e-6 for a, b in zip(one.embedding, other.embedding, strict=True))
 
 
 @feature("errors")

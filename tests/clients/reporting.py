@@ -15,6 +15,7 @@ from pydantic import BaseModel
 URL, MODEL = sys.argv[1:3]
 KEY = "none"
 HI: list[Any] = [{"role": "user", "content": "What does os.path.join do?"}]
+TEXTS = ["What does os.path.join do?", "How is the weather?"]  # to embed
 MAX_TOKENS = 60
 
 

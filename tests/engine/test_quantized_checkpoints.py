@@ -42,6 +42,11 @@ CHECKPOINTS: dict[str, tuple[Writer, dict[str, Any], bool]] = {
         {**GPTQ, "sym": False, "checkpoint_format": "gptq_v2"},
         True,
     ),
+    "gptq v2, as transformers 5 writes it": (
+        partial(formats.gptq, version=2, symmetric=False),
+        {**GPTQ, "sym": False, "format": "gptq_v2"},
+        True,
+    ),
     "gptq, ordered": (partial(formats.gptq, ordered=True), {**GPTQ, "desc_act": True}, True),
     "gptq, 8 bits in groups": (partial(formats.gptq, bits=8), {**GPTQ, "bits": 8}, False),
     "gptq, ordered, 8 bits": (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 
@@ -10,8 +12,9 @@ from powerband.bench.client.probe import ServerInfo
 from powerband.bench.load import LoadResult
 from powerband.bench.report.results import ClientMachine, OfferedLoad, ReportedAddress, RunReport, build_point, utc_now
 from powerband.bench.server_metrics import ServerMetrics
+from powerband.bench.session import Experiment
 from powerband.fleet.report.verification_table import verification_lines
-from powerband.fleet.verify import Verification, check_report
+from powerband.fleet.verify import Verification, check_report, verify
 from powerband.metrics.record import Outcome
 from powerband.spec.plan import Plan, Prediction, Promise
 from powerband.spec.slo import SLO
@@ -133,3 +136,35 @@ def test_failed_requests_are_misses_and_missing_tokens_that_were_not_requested_a
 @pytest.mark.parametrize("name", ["requests/s", "output tokens/s"])
 def test_shows_the_request_rate(name: str) -> None:
     assert line(verified(*(sample(i) for i in range(100))), name)[0]
+
+
+def test_an_invalid_answer_misses_the_slo_and_the_length_of_answers_with_a_form_is_not_judged() -> None:
+    right = [sample(i, is_valid=True, asked_tokens=50) for i in range(180)]
+    wrong = [sample(i, is_valid=False, asked_tokens=50) for i in range(180, 200)]
+    found = verified(*right)
+    assert found.verdict == "kept"
+    assert line(found, "valid answers")[2] == "100 %"
+    assert line(found, "output tokens/s")[3] == ""
+    found = verified(*right, *wrong)
+    assert found.verdict == "broken"
+    assert line(found, "valid answers")[2] == "90.0 %"
+    assert line(found, "SLO attainment")[3] == "broken"
+
+
+@pytest.mark.parametrize(("name", "endpoint"), [("chat", "completions"), ("tools", "chat"), ("structured", "chat")])
+def test_the_load_asks_for_what_the_workload_was_planned_with(
+    monkeypatch: pytest.MonkeyPatch, name: str, endpoint: str
+) -> None:
+    asked: list[Experiment] = []
+
+    class Session:
+        def __init__(self, experiment: Experiment, **_: object) -> None:
+            asked.append(experiment)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("powerband.fleet.verify.BenchSession", Session)
+    workload = requested_load(ArrivalOptions(rate=10.0), MixOptions(workload=name)).workload
+    with pytest.raises(KeyboardInterrupt):
+        verify(replace(PLAN, workload=workload), "http://x", model="m", api_key="", seconds=1.0)
+    [target] = [one.target for one in asked]
+    assert (target.endpoint, target.form) == (endpoint, "text" if name == "chat" else name)

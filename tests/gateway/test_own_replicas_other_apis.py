@@ -23,7 +23,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway
     folder = tmp_path_factory.mktemp("gateway")
     with (
         replica(folder, "--convert=embed") as (url, _),
-        running_gateway(folder, f"--replica={url}", timeout_s=120) as gateway,
+        running_gateway(folder, f"--replica={url}", "--store-content", timeout_s=120) as gateway,
     ):
         until(lambda: set(gateway.replica_states().values()) == {"ready"})
         yield gateway
@@ -53,6 +53,23 @@ def test_responses(gateway: RunningGateway) -> None:
     record = last_record(gateway)
     assert record["record"]["output_tokens"] == whole.usage.output_tokens
     assert (record["request"]["endpoint"], record["is_estimate"]) == ("responses", False)
+
+
+def test_a_stored_conversation_is_answered_as_if_it_was_sent_whole(gateway: RunningGateway) -> None:
+    client = client_of(gateway)
+    asked: dict[str, Any] = {"model": "demo", "max_output_tokens": 20, "temperature": 0}
+    first = client.responses.create(input="What is a list?", **asked)
+    continued = client.responses.create(input="And a tuple?", previous_response_id=first.id, **asked)
+    items: Any = [
+        {"role": "user", "content": "What is a list?"},
+        *first.output,
+        {"role": "user", "content": "And a tuple?"},
+    ]
+    whole = client.responses.create(input=items, store=False, **asked)
+    assert continued.output_text == whole.output_text != ""
+    assert continued.usage is not None
+    assert whole.usage is not None
+    assert continued.usage.input_tokens == whole.usage.input_tokens
 
 
 def test_messages(gateway: RunningGateway) -> None:

@@ -62,6 +62,7 @@ def finished(
         ended_at=time.time() - ago_s,
         replicas=("r1",),
         cost_usd=values.pop("cost_usd", 0.25),
+        reasoning_tokens=values.pop("reasoning_tokens", None),
     )
 
 
@@ -228,6 +229,37 @@ def test_books_of_the_first_version_go_on(path: Path) -> None:
     now = time.time()
     [everything] = accounts.store.read(lambda connection: report(connection, (), 0.0, now))
     assert (everything.requests, everything.errors, everything.cost_usd) == (6, 1, 2.75)
+    accounts.close()
+
+
+def test_reasoning_tokens_are_summed_wherever_they_are_stored(accounts: Accounts) -> None:
+    accounts.usage_log.note(finished("thinks", reasoning_tokens=5))
+    accounts.usage_log.note(finished("does not say"))
+    refused = finished("never sent", reasoning_tokens=2)
+    refused.replicas = ()
+    accounts.usage_log.note(refused)  # only counts in sums
+    written(accounts)
+    for ago_s in (60, 30 * DAY_S):  # from single requests; from the sums of days
+        [everything] = rows(accounts, ago_s=ago_s)
+        assert (everything.output_tokens, everything.reasoning_tokens) == (21, 7)
+
+
+def test_a_database_that_counted_no_reasoning_goes_on(path: Path) -> None:
+    accounts = Accounts.open(path)
+    accounts.usage_log.note(finished("old", reasoning_tokens=9))
+    written(accounts)
+    accounts.close()
+    with sqlite3.connect(path) as file:  # as version 3 left it
+        file.execute("DROP TRIGGER usage_to_daily")
+        for table in ("usage", "daily"):
+            file.execute(f"ALTER TABLE {table} DROP COLUMN reasoning_tokens")
+        file.execute("CREATE TRIGGER usage_to_daily AFTER INSERT ON usage BEGIN SELECT 1; END")
+        file.execute("PRAGMA user_version = 3")
+    accounts = Accounts.open(path)
+    accounts.usage_log.note(finished("new", reasoning_tokens=5))
+    written(accounts)
+    [everything] = rows(accounts, ago_s=30 * DAY_S)
+    assert (everything.requests, everything.output_tokens, everything.reasoning_tokens) == (2, 14, 5)
     accounts.close()
 
 

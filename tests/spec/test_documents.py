@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from powerband.cli.gateway.gateway import read_routes
-from powerband.cli.settings import resolve
 from powerband.documents import parse_table, read_json_table
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.files import make_private_folder, write_atomically
@@ -19,6 +18,7 @@ from powerband.server.settings import ServerSettings
 from powerband.spec.hardware.catalog import read_prices, read_profile
 from powerband.spec.plan import read_plan
 from powerband.spec.settings import EngineSettings
+from powerband.spec.settings_layers import resolve
 
 NINE = ",".join("x" * 9)
 LAUGHS = f"a: &a [{NINE}]\n" + "".join(

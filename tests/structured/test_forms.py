@@ -10,6 +10,7 @@ from grammars_for_tests import accepts, grammar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from powerband.core.structured_outputs import MAX_CHOICES
 from powerband.errors import InvalidRequest
 from powerband.structured.regex import portable
 from powerband.structured.structural_tag import MAX_DEPTH
@@ -56,6 +57,14 @@ def test_choices_are_accepted_and_nothing_else(choices: list[str], other: str) -
     made = grammar(choice=choices)
     assert all(accepts(made, text) for text in choices)
     assert accepts(made, other.encode(errors="ignore").decode()) is (other.encode(errors="ignore").decode() in choices)
+
+
+@pytest.mark.parametrize("beginning", ["", "all of them begin with the same words, and there are many " * 4])
+def test_as_many_choices_as_the_limit_allows_are_taken(beginning: str) -> None:
+    choices = [f"{beginning[: 200_000 // MAX_CHOICES]}{number}" for number in range(MAX_CHOICES)]
+    made = grammar(choice=choices)
+    assert accepts(made, choices[-1])
+    assert not accepts(made, choices[-1] + "0")
 
 
 def test_grammars_are_lark_or_gbnf() -> None:

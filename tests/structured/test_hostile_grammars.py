@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from powerband.core.structured_outputs import StructuredOutputsParams
 from powerband.errors import InvalidRequest
 from powerband.structured.compiler import GrammarCompiler
+from powerband.structured.finite import endless_place
+from powerband.structured.json_schema import SchemaReader
 from powerband.text.tokenizer import Tokenizer
 from powerband.worker_process import WorkerLimits
 
@@ -108,6 +111,43 @@ def test_a_worker_that_takes_too_long_is_ended_and_others_are_served_meanwhile()
         assert compiler.grammar(StructuredOutputsParams(regex="b"))
     finally:
         compiler.close()
+
+
+def chain(length: int) -> dict[str, Any]:
+    """Each definition needs the next one."""
+    parts = {f"d{i}": nested_in(f"#/$defs/d{i + 1}") for i in range(length)}
+    return {"$defs": {**parts, f"d{length}": {"type": "string"}}, "$ref": "#/$defs/d0"}
+
+
+def nested_in(reference: str) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": {"$ref": reference}}, "required": ["a"]}
+
+
+def unions(count: int) -> dict[str, Any]:
+    """Many unions of objects with many constants."""
+    wide = {"type": "object", "properties": {f"k{i}": {"const": "x"} for i in range(count)}}
+    union = {"oneOf": [{"$ref": "#/$defs/wide"}, {"$ref": "#/$defs/wide"}]}
+    return {"$defs": {"wide": wide}, "properties": {f"p{i}": union for i in range(count)}}
+
+
+@pytest.mark.parametrize("schema_of", [chain, unions])
+def test_schemas_are_read_in_linear_time(schema_of: Callable[[int], dict[str, Any]]) -> None:
+    def count(length: int) -> int:
+        """Of function calls, which does not depend on the machine."""
+        calls = 0
+
+        def count_call(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        sys.setprofile(count_call)
+        try:
+            endless_place(SchemaReader("json").read(schema_of(length)))
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    assert count(400) < 3 * count(200)
 
 
 def test_results_and_refusals_are_kept_by_content(compiler: GrammarCompiler) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from grammars_for_tests import accepts, grammar
 
@@ -105,6 +107,58 @@ def test_a_schema_that_contains_itself_is_followed() -> None:
     made = grammar(json=tree)
     assert accepts(made, '{"value":1,"next":{"value":2,"next":null}}')
     assert not accepts(made, '{"value":1,"next":{"value":2}}')
+
+
+def variant(kind: Any, required: list[str], **field: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {"kind": kind, **field},
+        "required": required,
+        "additionalProperties": False,
+    }
+
+
+# As pydantic writes a union with a discriminator, whose default makes it a property that is not required.
+UNION: dict[str, Any] = {
+    "$defs": {
+        "Cat": variant({"const": "cat", "default": "cat", "type": "string"}, ["lives"], lives={"type": "integer"}),
+        "Dog": variant({"enum": ["dog", "wolf"], "type": "string"}, ["kind"], name={"type": "string"}),
+    },
+    "discriminator": {"propertyName": "kind", "mapping": {"cat": "#/$defs/Cat", "dog": "#/$defs/Dog"}},
+    "oneOf": [{"$ref": "#/$defs/Cat"}, {"allOf": [{"$ref": "#/$defs/Dog"}]}, {"type": "null"}],
+}
+
+
+def test_a_union_with_a_discriminator_is_enforced() -> None:
+    made = grammar(json=UNION)
+    for text in ('{"kind":"cat","lives":9}', '{"kind":"wolf","name":"x"}', '{"kind":"dog"}', "null"):
+        jsonschema.validate(json.loads(text), UNION)
+        assert accepts(made, text), text
+    for text in ('{"kind":"cat","name":"x"}', '{"kind":"cow"}', '{"kind":"cat"}', "{}", "1"):
+        assert not accepts(made, text), text
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        [{"type": "number"}, {"type": "integer"}],
+        [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}],
+        [{"properties": {"k": {"const": 1}}}, {"properties": {"k": {"const": 2}}}],  # a text satisfies both
+        [{"type": "object", "properties": {"k": {"const": "a"}}}, {"type": "object"}],
+    ],
+)
+def test_one_of_schemas_that_do_not_exclude_each_other_is_refused(choices: list[Any]) -> None:
+    schema = {"$defs": {"a": {"type": "object", "properties": {"k": {"const": "a"}}}}, "items": {"oneOf": choices}}
+    error = refusal(schema)
+    assert error.param == "structured_outputs.json.items"
+    assert "use anyOf" in error.message
+
+
+def test_pydantics_pattern_for_decimals_is_enforced() -> None:
+    schema = {"type": "string", "pattern": r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"}
+    made = grammar(json=schema)
+    for text in ("1", "-0.5", "+00012.", ".5", "-", ".", "", "+.", "1.2.3", "x"):
+        assert accepts(made, json.dumps(text)) is bool(re.search(schema["pattern"], text)), text
 
 
 def test_what_asks_for_nothing_is_no_error() -> None:

@@ -53,13 +53,13 @@ def write(folder, make, model_type, **config):
     return folder
 
 
-def assert_equal_to_transformers(folder):
+def assert_equal_to_transformers(folder, texts=TEXTS):
     from transformers import AutoTokenizer
 
     ours, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
     assert ours.vocab_size == len(theirs)
     assert ours.special_tokens == theirs.special_tokens_map
-    for text in TEXTS:
+    for text in texts:
         for special in (True, False):
             ids = theirs(text, add_special_tokens=special)["input_ids"]
             assert ours.encode(text, add_special_tokens=special) == ids, text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
@@ -26,7 +26,7 @@ from powerband.calibration.engine_fit import (
     window_errors,
 )
 from powerband.calibration.operator_fit import ModelSteps, PrecisionFit, fit_precision, peak_rates
-from powerband.calibration.quality import better_of_two
+from powerband.calibration.quality import ReportProgress, better_of_two
 from powerband.calibration.step_fit import fit_steps, held_out_error
 from powerband.cost.measured_steps import MeasuredStepTimes
 from powerband.cost.step_log import RunConfiguration, StepLogRun, StepSample
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     from powerband.engine.build import Engine
 
 OwnPrecision = Literal["none", "int8", "int4"]  # precisions that our engine has
-ReportProgress = Callable[[str, float], object]  # what is measured, and the share of it that is done
 
 PRECISIONS: tuple[OwnPrecision, ...] = ("none", "int8", "int4")
+PRECISION_TEXTS: dict[str, str] = {"none": "16 bits", "int8": "int8", "int4": "int4"}
 _SHAPES = (  # hidden, MLP, layers, heads, KV heads, head_dim, vocabulary
     (512, 1536, 6, 8, 4, 64, 8192),
     (1024, 3072, 4, 16, 8, 64, 16384),
@@ -92,8 +92,8 @@ def measure_machine(device: str, threads: int | None, budget_s: float, report: R
     profile: DeviceProfile | None = None
     precisions = PRECISIONS if device == "cpu" else PRECISIONS[:1]
     for precision in precisions:
-        once = partial(_measure_precision, device, threads, precision, budget_s / len(precisions), report, profile)
-        profile, found = better_of_two(once, lambda measured: measured[1].held_out)
+        once = partial(_measure_precision, device, threads, precision, budget_s / len(precisions), profile)
+        profile, found = better_of_two(once, lambda measured: measured[1].held_out, report)
         fits.append(found)
     if profile is None:
         raise AssertionError("there is a precision")
@@ -105,12 +105,12 @@ def _measure_precision(
     threads: int | None,
     precision: OwnPrecision,
     budget_s: float,
-    report: ReportProgress,
     known: DeviceProfile | None,
+    report: ReportProgress,
 ) -> tuple[DeviceProfile, PrecisionFit]:
     """known: with the laws of other precisions; None: this is the first one."""
     measured = _timed(device, threads, precision, budget_s, report)
-    report(f"{precision}: fit", 0.5)
+    report(f"{PRECISION_TEXTS[precision]}: fit", 0.5)
     return fit_precision(known or _facts(measured, threads), [steps for steps, _ in measured])
 
 
@@ -127,7 +127,7 @@ def _timed(
 
     found = []
     for number, shape in enumerate(_SHAPES):
-        name = f"{precision}: model {number + 1} of {len(_SHAPES)}"
+        name = f"{PRECISION_TEXTS[precision]}: model {number + 1} of {len(_SHAPES)}"
         report(name, 0.0)
         with tempfile.TemporaryDirectory(prefix="powerband-") as folder:
             (Path(folder) / "config.json").write_text(json.dumps(small_llama(*shape)))

@@ -14,7 +14,7 @@ from powerband.calibration.curve_fit import FitErrors
 from powerband.errors import EnvironmentFault
 from powerband.spec.hardware.profile import HostModel
 
-# Catalog devices that nobody has measured are known to ±25 to 35 %. What is further off than these tells nothing.
+# Catalog devices that nobody has measured are known to ±25 to 35 %. What is further off than these is of no use.
 MAX_MEDIAN, MAX_P90 = 0.5, 1.0
 MAX_WAY_S = 0.5  # from a client to the engine, and back
 _MAX_LOAD = 0.25  # of other programs: of each core
@@ -22,18 +22,23 @@ _MAX_LOAD = 0.25  # of other programs: of each core
 _SHOWN, _LOOK_S, _BUSY_PERCENT = 3, 0.5, 10.0  # of a core
 
 Fit = TypeVar("Fit")
+ReportProgress = Callable[[str, float], object]  # what is measured, and the share of it that is done
 
 
 def is_usable(errors: FitErrors) -> bool:
     return errors.median <= MAX_MEDIAN and errors.p90 <= MAX_P90
 
 
-def better_of_two(measure: Callable[[], Fit], errors: Callable[[Fit], FitErrors]) -> Fit:
+def better_of_two(
+    measure: Callable[[ReportProgress], Fit], errors: Callable[[Fit], FitErrors], report: ReportProgress
+) -> Fit:
     """Measured once; where that is not usable, once more, and the better of both."""
-    first = measure()
+    first = measure(report)
     if is_usable(errors(first)):
         return first
-    return min((first, measure()), key=lambda fit: errors(fit).p90)
+    why = f"once more, since the error was ±{errors(first).p90:.0%}"
+    second = measure(lambda text, fraction: report(f"{text} ({why})", fraction))
+    return min((first, second), key=lambda fit: errors(fit).p90)
 
 
 def load_per_core() -> float:

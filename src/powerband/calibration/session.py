@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from powerband.calibration.curve_fit import scipy_optimize
 from powerband.calibration.measure import (
+    PRECISION_TEXTS,
     DeviceFits,
     ModelFit,
-    ReportProgress,
     fit_step_log,
     measure_machine,
     measure_model,
     with_refinement,
 )
-from powerband.calibration.quality import better_of_two
+from powerband.calibration.quality import ReportProgress, better_of_two
 from powerband.cost.step_log import read_step_log
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.extras import require
@@ -25,7 +26,6 @@ from powerband.spec.hardware.profile import DeviceProfile, HostModel
 from powerband.spec.settings import EngineSettings
 
 _MACHINE_FRACTION = 0.6  # of the time; the rest is for the demo model
-_PRECISIONS = {"none": "16 bits", "int8": "int8", "int4": "int4"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Calibration:
         """What was fitted, with the errors of the fits, one row each."""
         rows: list[dict[str, Any]] = [
             {
-                "what": f"any model, {_PRECISIONS[found.quantization]}",
+                "what": f"any model, {PRECISION_TEXTS[found.quantization]}",
                 "steps": found.steps,
                 "bytes_per_s": found.bytes_per_s,
                 "flops_per_s": found.flops_per_s,
@@ -52,9 +52,20 @@ class Calibration:
         ]
         if self.model is not None:
             refinement = self.model.refinement
-            what = f"{refinement.name}, {_PRECISIONS[refinement.quantization]}"
+            what = f"{refinement.name}, {PRECISION_TEXTS[refinement.quantization]}"
             rows.append({"what": what, "steps": self.model.steps, "error": asdict(self.model.errors)})
         return rows
+
+    def table(self) -> list[list[str]]:
+        """The rows for people, with headings."""
+        table = [["measured", "steps", "GB/s", "GFLOP/s", "error: median", "P90", "bias"]]
+        for row in self.rows():
+            rates = [f"{row[name] / 1e9:.1f}" if name in row else "" for name in ("bytes_per_s", "flops_per_s")]
+            errors = [
+                f"{row['error'][name]:+.1%}".lstrip("+" if name != "bias" else "") for name in ("median", "p90", "bias")
+            ]
+            table.append([row["what"], str(row["steps"]), *rates, *errors])
+        return table
 
 
 def calibrate_machine(
@@ -72,7 +83,7 @@ def calibrate_machine(
         machine = measure_machine(device, engine.threads, _MACHINE_FRACTION * seconds, report)
         profile = machine.profile
     budget_s = seconds * (1 if has_model else 1 - _MACHINE_FRACTION)
-    model = better_of_two(lambda: measure_model(engine, budget_s, report), lambda fit: fit.errors)
+    model = better_of_two(partial(measure_model, engine, budget_s), lambda fit: fit.errors, report)
     if machine is not None and model.refinement.host is not None:
         profile = replace(profile, host={**profile.host, "powerband": model.refinement.host})
     return Calibration(with_refinement(profile, model.refinement), machine, model)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from powerband.cli.flags import ALL_SETTINGS, Json, takes_settings
-from powerband.cli.settings import Resolved
 from powerband.cli.tables import print_table
 from powerband.core.params import SamplingParams
 from powerband.errors import PowerbandError
 from powerband.folders import expand_user
 from powerband.spec.settings import EngineSettings
+from powerband.spec.settings_layers import Resolved
 
 HIDDEN = "(set, not shown)"
 

@@ -11,12 +11,12 @@ from typing import Annotated, Any, get_type_hints
 
 from cyclopts import Group, Parameter
 
-from powerband.cli.ineffective_options import check_effects
-from powerband.cli.machine import compute_device
-from powerband.cli.settings import resolve
+from powerband.engine.this_machine import compute_device
 from powerband.gateway.settings import GatewaySettings
+from powerband.server.ineffective_options import check_effects
 from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings, value_types
+from powerband.spec.settings_layers import resolve
 
 ALL_SETTINGS: tuple[type, ...] = (EngineSettings, ServerSettings)
 KNOWN_SETTINGS = (*ALL_SETTINGS, GatewaySettings)  # one file and one environment may hold those of all commands

@@ -172,7 +172,7 @@ def _adapters(
 
 
 def _grammar_tokens(settings: EngineSettings, spec: ModelSpec, folder: Path) -> LLTokenizer:
-    """The tokenizer for grammars. Raises EnvironmentFault."""
+    """The tokenizer for grammars. Raises EnvironmentFault, and InvalidRequest where there are none with it."""
     tokenizer = Tokenizer.load(settings.tokenizer or folder, revision=None if settings.tokenizer else settings.revision)
     if tokenizer is None:
         raise EnvironmentFault("Structured output needs a tokenizer, and the model has none.", code="no_tokenizer")

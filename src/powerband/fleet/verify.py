@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from powerband.bench.client.answer_forms import asking_for, form_of
 from powerband.bench.client.messages import ServerAddress
 from powerband.bench.load import Live, LoadOptions, LoadResult
 from powerband.bench.report.html_report import write_report
@@ -64,10 +65,16 @@ def verify(
     report: Path | None = None,
     on_progress: Callable[[Live], object] | None = None,
 ) -> Verification:
-    """Run the load for `seconds`. Raises EnvironmentFault if the service does not respond at all."""
+    """Run the load for `seconds`, with tools or a schema where the workload has them.
+
+    Raises EnvironmentFault if the service does not respond at all.
+    """
     capacity = known_client_capacity()
     experiment = Experiment(
-        target=ServerAddress(base=url, endpoint="completions", model=model, headers=bearer(api_key)),
+        target=asking_for(
+            form_of(plan.workload),
+            ServerAddress(base=url, endpoint="completions", model=model, headers=bearer(api_key)),
+        ),
         workload=replace(plan.workload, arrivals=plan.arrivals),
         duration_s=seconds,
         slo=plan.slo,
@@ -178,11 +185,15 @@ def _rates(plan: Plan, summary: Summary, load: LoadResult) -> list[CheckedFigure
             "",
         )
     ]
+    if summary.valid_share is not None:  # an invalid answer misses the SLO
+        lines.append(CheckedFigure("valid answers", "", "", share_text(summary.valid_share), ""))
     promised = plan.promise.output_tokens_per_s
     if promised is not None:
         reached = summary.output_tokens_per_s
         asked = _asked_per_s(summary, load)
         verdict: FigureVerdict = "kept" if reached >= min(promised, _MIN_OUTPUT_RATIO * asked) else "broken"
+        if summary.valid_share is not None:
+            verdict = ""  # answers that have a form end by themselves: the model decides how long they are
         text = digits(reached) + (f" of {digits(asked)} asked for" if reached < promised else "")
         figure = plan.predicted.get("output_tokens_per_s")
         outside = _outside(figure, reached)

@@ -10,14 +10,17 @@ from powerband.errors import PowerbandError
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.auth import ApiKeyMiddleware
 from powerband.gateway.accounts.routes import make_routes
+from powerband.gateway.adapters import GatewayAdapterRoutes
 from powerband.gateway.admin import GatewayAdminRoutes
 from powerband.gateway.gateway import Gateway
 from powerband.gateway.info_routes import InfoRoutes
 from powerband.gateway.observability.metrics import GatewayMetrics
 from powerband.gateway.proxy.handler import GenerationRoutes
 from powerband.gateway.proxy.pass_through.routes import make_routes as pass_through_routes
+from powerband.gateway.proxy.pass_through.stored import make_routes as stored_response_routes
 from powerband.gateway.proxy.token_routes import TokenCountRoutes
 from powerband.gateway.replica_metrics_routes import make_routes as scraping_routes
+from powerband.gateway.upstream.adapters import LOAD_PATH, UNLOAD_PATH
 from powerband.web.access import allow_pages
 from powerband.web.anthropic import AnthropicErrorsMiddleware
 from powerband.web.middleware import RequestIdMiddleware
@@ -32,6 +35,7 @@ _ELSEWHERE = dict.fromkeys(
 
 def make_app(gateway: Gateway, accounts: Accounts, metrics: GatewayMetrics) -> ASGIApp:
     generation, admin = GenerationRoutes(gateway, accounts), GatewayAdminRoutes(gateway, accounts)
+    adapters = GatewayAdapterRoutes(gateway, accounts)
     pages, tokens = InfoRoutes(gateway, accounts, metrics), TokenCountRoutes(gateway, accounts)
     routes = [
         Route("/v1/chat/completions", generation.chat, methods=["POST"]),
@@ -52,7 +56,10 @@ def make_app(gateway: Gateway, accounts: Accounts, metrics: GatewayMetrics) -> A
         Route("/admin/routes/{name:path}", admin.delete_model, methods=["DELETE"]),
         Route("/admin/records", admin.records, methods=["GET"]),
         Route("/admin/drain", admin.drain, methods=["POST"]),
+        Route(LOAD_PATH, adapters.load, methods=["POST"]),
+        Route(UNLOAD_PATH, adapters.unload, methods=["POST"]),
         *pass_through_routes(gateway, accounts),
+        *stored_response_routes(accounts),
         *scraping_routes(gateway),
         *make_routes(accounts),
     ]

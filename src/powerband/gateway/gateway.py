@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -20,21 +21,24 @@ from powerband.files import make_private_folder, set_aside, write_atomically
 from powerband.gateway.accounts.keys import Key
 from powerband.gateway.dispatch.health import Prober
 from powerband.gateway.dispatch.pool import Pool
-from powerband.gateway.dispatch.turns import FairTurns
 from powerband.gateway.observability.recent_requests import RecentRequests
 from powerband.gateway.request import CompletedRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
 from powerband.gateway.settings import GatewaySettings
 from powerband.gateway.snapshot import PoolSnapshot
 from powerband.gateway.trace_context import TraceContext, forwarded_trace
+from powerband.gateway.upstream.adapters import load_adapter
 from powerband.gateway.upstream.buffered_response import ResponseBudget, ResponseScanner
 from powerband.gateway.upstream.client import UpstreamClient
 from powerband.gateway.upstream.context_lengths import ContextLengths
 from powerband.gateway.upstream.token_estimates import TokenEstimates
 from powerband.web.body import read_body
 from powerband.web.errors import HttpError
+from powerband.web.turns import Decoding, FairTurns
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _STORE_RETRY_S = 5.0
 _STEPS_OF_A_TURN = 8  # of requests, in a turn of the event loop: each takes some 0.5 ms
@@ -91,6 +95,7 @@ class Gateway:
         self.response_budget = ResponseBudget()
         self.response_scanner = ResponseScanner()
         self.turns = FairTurns(_STEPS_OF_A_TURN)
+        self._decoding = Decoding(self.turns)
         self.recent = RecentRequests()
         self.routes = Routes()
         self.draining = False
@@ -116,6 +121,7 @@ class Gateway:
             served.probing.cancel()
         await asyncio.gather(*(served.probing for served in self._served.values()), return_exceptions=True)
         await self.upstream.close()
+        self._decoding.close()
 
     # ---- routes
 
@@ -148,6 +154,8 @@ class Gateway:
             else:
                 served.route = model
                 served.pool.update(model)
+            wanted = {one.name: one.path for one in routes.adapters if one.model == model.name}
+            self._served[model.name].pool.wanted_adapters = wanted
         self._names = {
             name: served for served in self._served.values() for name in (served.route.name, *served.route.aliases)
         }
@@ -186,8 +194,11 @@ class Gateway:
     def _serve(self, model: ModelRoute) -> ServedModel:
         pool = Pool(self.settings.pool)
         pool.update(model)
-        prober = Prober(pool, self.upstream.fetch)
+        prober = Prober(pool, self.upstream.fetch, self._load_adapter)
         return ServedModel(model, pool, asyncio.create_task(prober.run(), name=f"probe {model.name}"))
+
+    async def _load_adapter(self, address: ReplicaAddress, name: str, path: str) -> None:
+        await load_adapter(self.upstream, address, name, path)
 
     def served(self, name: str | None) -> ServedModel:
         """By name or alias, or by the name of an adapter; None: the only model. Raises HttpError 404."""
@@ -230,11 +241,17 @@ class Gateway:
 
     # ---- requests
 
+    async def read(self, request: Request, decode: Callable[[bytes], T]) -> T:
+        """What `decode` makes of the body. Raises HttpError, and what `decode` raises."""
+        return await self.decode(request, await self.read_body(request), decode)
+
     async def read_body(self, request: Request) -> bytes:
-        """The body of a request, once it is its turn to be processed. Raises HttpError."""
-        data = await read_body(request, self.settings.max_body_bytes)
-        await self.turns.turn(owner_of(request))
-        return data
+        """Raises HttpError."""
+        return await read_body(request, self.settings.max_body_bytes)
+
+    async def decode(self, request: Request, data: bytes, decode: Callable[[bytes], T]) -> T:
+        """What `decode` makes of the data, once it is its client's turn. Raises what `decode` raises."""
+        return await self._decoding.decode(owner_of(request), data, decode)
 
     def begin(self) -> None:
         """Count a new request until `end`. Raises HttpError while the gateway drains."""

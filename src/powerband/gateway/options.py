@@ -16,7 +16,8 @@ class RetentionOptions:
     """What the account database keeps, and for how long."""
 
     usage_retention_days: float = 90.0  # single requests and feedback; daily sums are kept forever
-    store_content: bool = False  # prompts and outputs, redacted
+    store_content: bool = False  # prompts and outputs
+    redact_content: bool = True
     content_retention_days: float = 7.0
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from powerband.engines.base import EngineAdapter, ServerName
@@ -42,6 +42,9 @@ class ReplicaAddress:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             hint = "Like http://127.0.0.1:8001."
+            raise UsageError(f"replica {self.id[:MAX_NAME]} has url {shown(self.url)}.", hint=hint, param="url")
+        if self.url.rstrip("/").endswith("/v1"):
+            hint = "Leave out /v1: the paths of all APIs are put behind the URL."
             raise UsageError(f"replica {self.id[:MAX_NAME]} has url {shown(self.url)}.", hint=hint, param="url")
         split_authority(self.url.partition("://")[2].partition("/")[0], 80)
         if not self.url.isascii() or not (self.url + self.api_key).isprintable() or not self.api_key.isascii():
@@ -80,10 +83,20 @@ class ModelRoute:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRoute:
+    """A LoRA adapter that every replica of a model should have."""
+
+    name: str
+    path: str  # a folder as the replicas see it, or a Hugging Face id
+    model: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Routes:
     """All models that a gateway serves."""
 
     models: tuple[ModelRoute, ...] = ()
+    adapters: tuple[AdapterRoute, ...] = ()
     revision: str = ""  # identifies these routes: sent again, they change nothing
 
     def __post_init__(self) -> None:
@@ -99,10 +112,23 @@ class Routes:
         another one.
         """
         others = [one for one in self.models if one.name != model.name]
-        return Routes(models=(*others, model))
+        return Routes(models=(*others, model), adapters=self.adapters)
 
     def without_model(self, name: str) -> Routes:
-        return Routes(models=tuple(one for one in self.models if one.name != name))
+        return Routes(
+            models=tuple(one for one in self.models if one.name != name),
+            adapters=tuple(one for one in self.adapters if one.model != name),
+        )
+
+    def adapter(self, name: str) -> AdapterRoute | None:
+        return next((one for one in self.adapters if one.name == name), None)
+
+    def with_adapter(self, adapter: AdapterRoute) -> Routes:
+        others = self.without_adapter(adapter.name)
+        return replace(others, adapters=(*others.adapters, adapter))
+
+    def without_adapter(self, name: str) -> Routes:
+        return replace(self, adapters=tuple(one for one in self.adapters if one.name != name))
 
     def model(self, name: str) -> ModelRoute | None:
         return next((one for one in self.models if one.name == name), None)
@@ -115,6 +141,8 @@ class Routes:
     def as_dict(self, *, old_names: bool = False) -> dict[str, Any]:
         """old_names: use the previous version's field names, for a gateway that still runs that version."""
         found: dict[str, Any] = as_record(self, complete=True, old_names=old_names)
+        if not self.adapters:  # gateways before them know no such field
+            del found["adapters"]
         return found
 
 

@@ -33,7 +33,15 @@ class GatewaySettings:
         90.0, "Days for which single requests stay in the database; daily sums are kept", group="Gateway", minimum=0
     )
     store_content: bool = setting(
-        False, "Store prompts and outputs in the database, with recognized personal data redacted", group="Gateway"
+        False,
+        "Store prompts and outputs in the database; the Responses API has previous_response_id then",
+        group="Gateway",
+    )
+    redact_content: bool = setting(
+        True,
+        "Redact recognized personal data in what --store-content stores; a conversation that had any cannot be "
+        "continued by previous_response_id",
+        group="Gateway",
     )
     content_retention_days: float = setting(
         7.0, "Days for which prompts and outputs are stored, with --store-content", group="Gateway", minimum=0
@@ -152,6 +160,7 @@ class GatewaySettings:
         return RetentionOptions(
             usage_retention_days=self.usage_retention_days,
             store_content=self.store_content,
+            redact_content=self.redact_content,
             content_retention_days=self.content_retention_days,
         )
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from powerband.errors import PowerbandError
+from powerband.openai.tools import FunctionDefinition, Tool
 
 _PATH = re.compile(r"'([a-z_]+\.[^'\s]+)'")  # as errors quote it
 
@@ -41,6 +42,14 @@ class FieldPlaces:
                     return own
                 return ".".join((own, self._inner.get(parts[count], parts[count]), *parts[count + 1 :]))
         return param
+
+    def tools(self, functions: Sequence[FunctionDefinition] | None) -> list[Tool] | None:
+        """The tools of an API that writes a function's fields into the tool itself."""
+        if functions is None:
+            return None
+        for index in range(len(functions)):
+            self.add(f"tools.{index}.function", f"tools.{index}")
+        return [Tool(function=function) for function in functions]
 
     @contextlib.contextmanager
     def translating(self) -> Iterator[None]:

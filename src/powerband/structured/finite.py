@@ -13,56 +13,59 @@ Path = tuple[str, ...]
 def endless_place(schema: Any) -> Path | None:
     """Where the schema asks for values without end, and for nothing else; None where an answer can end.
 
-    Other contradictions are found when it is compiled.
+    Other contradictions are found when it is compiled. Takes time in proportion to the schema's size.
     """
     nodes = _nodes(schema)
-    by_path = dict(nodes)
-    finite: set[Path] = set()
-    grew = True
-    while grew:
-        grew = False
-        for path, node in reversed(nodes):  # parts first
-            if path not in finite and _is_finite(path, node, finite, by_path):
-                finite.add(path)
-                grew = True
-    if () in finite:
+    needs = {path: _needs(path, node, nodes) for path, node in nodes.items()}
+    users: dict[Path, list[tuple[Path, int]]] = {}  # by path: which nodes need it, and in which of their needs
+    for path, alternatives in needs.items():
+        for index, paths in enumerate(alternatives):
+            for used in paths:
+                users.setdefault(used, []).append((path, index))
+    open_needs = {path: set(range(len(alternatives))) for path, alternatives in needs.items()}
+    finite = [path for path, left in open_needs.items() if not left]
+    for path in finite:  # which grows
+        for user, index in users.get(path, ()):
+            left = open_needs[user]
+            if index in left:
+                left.remove(index)
+                if not left:
+                    finite.append(user)
+    if not open_needs[()]:
         return None
-    return min((path for path in by_path if path not in finite and path), key=len, default=())
+    return min((path for path, left in open_needs.items() if left and path), key=len, default=())
 
 
-def _nodes(schema: Any) -> list[tuple[Path, Any]]:
+def _nodes(schema: Any) -> dict[Path, Any]:
     nodes: list[tuple[Path, Any]] = [((), schema)]
-    for path, node in nodes:
+    for path, node in nodes:  # which grows
         nodes += [((*path, *place), child) for place, child in children(node)]
-    return nodes
+    return dict(nodes)
 
 
-def _is_finite(path: Path, node: Any, finite: set[Path], by_path: Mapping[Path, Any]) -> bool:
-    """Whether `node` has a value of parts that are known to be finite."""
-    if not isinstance(node, dict):
-        return True
-    if "const" in node or "enum" in node:
-        return True
+def _needs(path: Path, node: Any, nodes: Mapping[Path, Any]) -> list[list[Path]]:
+    """What has to be finite for `node` to be: of each list one."""
+    if not isinstance(node, dict) or "const" in node or "enum" in node:
+        return []
+    needs: list[list[Path]] = []
     reference = node.get("$ref")
-    if isinstance(reference, str):
-        target = _target(reference)
-        if target in by_path and target not in finite:
-            return False
-    for name in ("anyOf", "oneOf"):
-        if name in node and not any((*path, name, str(index)) in finite for index in range(len(node[name]))):
-            return False
-    if any((*path, "allOf", str(index)) not in finite for index in range(len(node.get("allOf", ())))):
-        return False
+    if isinstance(reference, str) and (target := _target(reference)) in nodes:
+        needs.append([target])
+    needs += [
+        [(*path, name, str(index)) for index in range(len(node[name]))] for name in ("anyOf", "oneOf") if name in node
+    ]
+    needs += [[(*path, "allOf", str(index))] for index in range(len(node.get("allOf", ())))]
     kinds = node.get("type")
     if kinds == "object":
         required = set(node.get("required", ()))
-        return all((*path, "properties", name) in finite for name in node.get("properties", {}) if name in required)
+        needs += [[(*path, "properties", name)] for name in node.get("properties", {}) if name in required]
     if kinds == "array":
-        needed = node.get("minItems", 0)
+        num_items = node.get("minItems", 0)
         prefix = node.get("prefixItems", [])
-        firsts = all((*path, "prefixItems", str(index)) in finite for index in range(min(needed, len(prefix))))
-        return firsts and (needed <= len(prefix) or "items" not in node or (*path, "items") in finite)
-    return True
+        needs += [[(*path, "prefixItems", str(index))] for index in range(min(num_items, len(prefix)))]
+        if num_items > len(prefix) and "items" in node:
+            needs.append([(*path, "items")])
+    return needs
 
 
 def _target(reference: str) -> Path:

@@ -6,10 +6,11 @@ those of 2020-12; what asks for nothing (`uniqueItems: false`) is left out; what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from powerband.errors import InvalidRequest
+from powerband.structured.exclusive import Alternatives
 from powerband.structured.regex import portable
 from powerband.structured.trial import check_repeats
 
@@ -62,6 +63,10 @@ _DATE = (
 )
 _TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 _PATTERNS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
+# What pydantic writes for Decimal, and the same without what regular expressions here do not have.
+_WITHOUT_LOOKAHEAD = {
+    r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$": r"^[+-]?(\d+\.?\d*|\.\d+)$",
+}
 # Formats of JSON Schema that cannot be enforced. Others ("int32", "password") are not JSON Schema's, and describe.
 _UNSUPPORTED_FORMATS = frozenset(
     (
@@ -78,9 +83,11 @@ class SchemaReader:
         """place: what errors call the schema itself."""
         self._place = place
         self._closed = closed
+        self._alternatives = Alternatives(None)
 
     def read(self, schema: Any) -> Any:
         """The schema in the form that can be compiled. Raises InvalidRequest naming the place."""
+        self._alternatives = Alternatives(schema)
         return self._read(schema, (), 0)
 
     def _read(self, schema: Any, path: tuple[str, ...], depth: int) -> Any:
@@ -90,6 +97,7 @@ class SchemaReader:
             return schema
         if not isinstance(schema, dict):
             raise self._error(path, f"is {_shown(schema)}; it must be a schema: an object, true or false")
+        discriminator = schema.get("discriminator")
         schema = self._modern(schema)
         read: dict[str, Any] = {}
         for name, value in schema.items():
@@ -112,6 +120,8 @@ class SchemaReader:
             elif name in ("$id", "id", "$anchor"):
                 read[name] = value
         self._check_min_properties(read, path)
+        if "oneOf" in read:
+            self._read_one_of(read, discriminator)
         if self._closed and "additionalProperties" not in read and ("properties" in read or _is_object(read)):
             read["additionalProperties"] = False
         return read
@@ -138,6 +148,15 @@ class SchemaReader:
             modern["additionalProperties"] = modern.get("additionalProperties", modern.pop("unevaluatedProperties"))
             modern.pop("unevaluatedProperties", None)
         return modern
+
+    def _read_one_of(self, read: dict[str, Any], discriminator: Any) -> None:
+        exclusive = self._alternatives.exclusive(read["oneOf"], discriminator)
+        if exclusive is not None:
+            del read["oneOf"]
+            if "anyOf" in read:
+                read["allOf"] = [*read.get("allOf", []), {"anyOf": exclusive}]
+            else:
+                read["anyOf"] = exclusive
 
     def _check_unsupported(self, name: str, value: Any, path: tuple[str, ...]) -> None:
         if not any(value == neutral and type(value) is type(neutral) for neutral in _UNSUPPORTED[name]):
@@ -193,7 +212,7 @@ class SchemaReader:
             check_repeats(pattern)
         except InvalidRequest as error:
             raise self._error(path, f"cannot be used: {error.message}") from error
-        return portable(pattern)
+        return portable(_WITHOUT_LOOKAHEAD.get(pattern, pattern))
 
     def _check_text(self, text: str, path: tuple[str, ...]) -> None:
         """Strings are written without \\u escapes: with them, a property could be named twice."""
@@ -233,6 +252,19 @@ def children(schema: Any) -> list[tuple[tuple[str, ...], Any]]:
         elif name in _SCHEMAS:
             found.append(((name,), value))
     return found
+
+
+def with_parts(schema: Mapping[str, Any], make: Callable[[Any], Any]) -> dict[str, Any]:
+    """A schema that was read, with what `make` gives for each schema directly in it."""
+    made: dict[str, Any] = dict(schema)
+    for name, value in schema.items():
+        if name in _LISTS:
+            made[name] = [make(item) for item in value]
+        elif name in _MAPS:
+            made[name] = {key: make(part) for key, part in value.items()}
+        elif name in _SCHEMAS:
+            made[name] = make(value)
+    return made
 
 
 def _is_object(schema: Mapping[str, Any]) -> bool:

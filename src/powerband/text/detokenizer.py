@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Collection, Sequence
 
+from powerband.text.pieces import IncrementalSpaceCleanup
 from powerband.text.tokenizer import Tokenizer
 
 # A character has at most four bytes, so no more than this many tokens can share one with the output.
@@ -20,6 +21,7 @@ class IncrementalDetokenizer:
 
     Where tokens have bytes (see pieces.py) they run through an incremental UTF-8 decoder: at most three bytes are ever
     held back, and invalid ones become U+FFFD at once. Other decoders are asked for the text of a short moving window.
+    Where the tokenizer cleans up spaces, those that may lie before punctuation wait for what follows.
     """
 
     def __init__(
@@ -39,11 +41,21 @@ class IncrementalDetokenizer:
             self._utf8.decode(b"".join(map(tokenizer.token_bytes, context)))
             self._spaces_to_strip = tokenizer.rules.strip_spaces if self._at_start else 0
         self._window = context
-        self._given = tokenizer.decode(context, skip_special_tokens=False) if tokenizer.rules is None else ""
+        self._given = tokenizer.decode_part(context, skip_special_tokens=False) if tokenizer.rules is None else ""
         self._num_given = len(context)
+        self._cleanup = IncrementalSpaceCleanup() if tokenizer.cleans_up_spaces else None
 
     def append(self, ids: Sequence[int]) -> str:
         """The text that these further tokens complete."""
+        text = self._append(ids)
+        return text if self._cleanup is None else self._cleanup.append(text)
+
+    def flush(self) -> str:
+        """What was held back, once no more tokens come."""
+        text = self._flush()
+        return text if self._cleanup is None else self._cleanup.append(text) + self._cleanup.flush()
+
+    def _append(self, ids: Sequence[int]) -> str:
         kept = [id for id in ids if id not in self._skipped]
         if not kept:
             return ""
@@ -54,11 +66,10 @@ class IncrementalDetokenizer:
             data = self._without_leading_spaces(kept, data)
         return self._utf8.decode(data)
 
-    def flush(self) -> str:
-        """What was held back, once no more tokens come."""
+    def _flush(self) -> str:
         if self._tokenizer.rules is not None:
             return self._utf8.decode(b"", final=True)
-        text = self._tokenizer.decode(self._window, skip_special_tokens=False)
+        text = self._tokenizer.decode_part(self._window, skip_special_tokens=False)
         return text[len(self._given) :]
 
     def _context(self, prompt_ids: Sequence[int]) -> list[int]:
@@ -87,7 +98,7 @@ class IncrementalDetokenizer:
     def _append_to_window(self, id: int) -> str:
         """Decode the tokens given last together with those not given yet; what is new at the end is the delta."""
         self._window.append(id)
-        text = self._tokenizer.decode(self._window, skip_special_tokens=False)
+        text = self._tokenizer.decode_part(self._window, skip_special_tokens=False)
         held = len(self._window) - self._num_given
         incomplete = text.endswith("\ufffd") or len(text) <= len(self._given)
         if incomplete and held < _MAX_HELD_TOKENS:
@@ -95,5 +106,5 @@ class IncrementalDetokenizer:
         delta = text[len(self._given) :]
         self._window = self._window[self._num_given :]
         self._num_given = len(self._window)
-        self._given = self._tokenizer.decode(self._window, skip_special_tokens=False)
+        self._given = self._tokenizer.decode_part(self._window, skip_special_tokens=False)
         return delta

@@ -2,6 +2,9 @@
 
 Two families cover the models that are served: byte-level BPE, whose pieces spell bytes with printable characters, and
 SentencePiece style, whose pieces spell spaces as "▁" and rare bytes as "<0x0A>". Anything else has no bytes per token.
+
+Below: `clean_up_tokenization_spaces`, which takes spaces before punctuation and English contractions out of decoded
+text, as `clean_up_tokenization` of transformers does.
 """
 
 from __future__ import annotations
@@ -80,3 +83,41 @@ def _sentencepiece_rules(steps: list[dict[str, Any]]) -> PieceRules | None:
     if not fused:
         return None
     return PieceRules(replacements=tuple(replacements), byte_fallback=byte_fallback, strip_spaces=strip_spaces)
+
+
+_REPLACEMENTS = (
+    *((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'")),
+    *((" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")),
+)
+
+
+def clean_up_spaces(text: str) -> str:
+    for old, new in _REPLACEMENTS:
+        text = text.replace(old, new)
+    return text
+
+
+class IncrementalSpaceCleanup:
+    """`clean_up_spaces` of a text that grows: what is given out adds up to the cleaned whole.
+
+    One step for each replacement; a step holds back the end of its text that may begin what it replaces.
+    """
+
+    def __init__(self) -> None:
+        self._held = [""] * len(_REPLACEMENTS)
+
+    def append(self, text: str) -> str:
+        for step, (old, new) in enumerate(_REPLACEMENTS):
+            *whole, rest = (self._held[step] + text).split(old)
+            begins = next((length for length in range(len(old) - 1, 0, -1) if rest.endswith(old[:length])), 0)
+            self._held[step] = rest[len(rest) - begins :]
+            text = new.join([*whole, rest[: len(rest) - begins]])
+        return text
+
+    def flush(self) -> str:
+        """What was held back."""
+        text = ""
+        for step, (old, new) in enumerate(_REPLACEMENTS):
+            text = (self._held[step] + text).replace(old, new)
+            self._held[step] = ""
+        return text

@@ -12,12 +12,14 @@ from typing import Any
 
 from tokenizers import Encoding
 from tokenizers import Tokenizer as RustTokenizer
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 
 from powerband.documents import LFS_HINT, is_lfs_pointer
 from powerband.errors import EnvironmentFault, InvalidRequest
 from powerband.files import open_regular
 from powerband.text.added_tokens import CONFIG, TokenFiles, read_table, read_token_files
-from powerband.text.pieces import PieceRules, piece_rules
+from powerband.text.pieces import PieceRules, clean_up_spaces, piece_rules
 from powerband.text.tokenizer_class import tokenizer_class
 from powerband.text.tokenizer_growth import check_growth
 
@@ -28,6 +30,7 @@ _FILES = [
     *("config.json", "*.jinja", "tokenizer.model"),
 ]
 _LEGACY_FILES = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model")
+_CLEANS_UP_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"  # transformers' name
 _HUGE_TEXT_CHARS = 1 << 20  # the library takes up to 300 bytes for each
 _MAX_FILE_BYTES = 256 << 20  # the largest published ones have 40 MB
 # What a tokenizer must be able to encode and decode before it is used: each shape of text that a step may fail on.
@@ -38,7 +41,7 @@ class Tokenizer:
     """A checkpoint's tokenizer. Nothing changes after loading, so threads may share it.
 
     `special_tokens` maps bos_token, eos_token, … to their text, as chat templates expect them; `config` is
-    tokenizer_config.json.
+    tokenizer_config.json. `cleans_up_spaces`: decoded text goes through `clean_up_spaces`.
     """
 
     def __init__(self, rust: RustTokenizer, config: dict[str, Any], folder: Path) -> None:
@@ -48,6 +51,8 @@ class Tokenizer:
             rust.add_tokens(files.added)
         else:
             rust = built_by.build(rust, config, files)
+        if rust.post_processor is None:  # as in transformers, so that the second of two texts has a type of its own
+            rust.post_processor = TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
         rust.no_truncation()
         rust.no_padding()
         rust.encode_special_tokens = config.get("split_special_tokens") is True
@@ -60,6 +65,9 @@ class Tokenizer:
         self.eos_token_id = self._id_of(rust, "eos_token")
         self.special_ids = frozenset(id for id in rust.get_added_tokens_decoder() if _is_skipped(rust, id))
         self.rules: PieceRules | None = piece_rules(json.loads(rust.to_str()).get("decoder"))
+        self.cleans_up_spaces = bool(config.get("clean_up_tokenization_spaces")) and (
+            not isinstance(rust.model, BPE) or bool(config.get(_CLEANS_UP_BPE))
+        )
         self._rust = rust
         self._bytes: dict[int, bytes] = {}
 
@@ -173,6 +181,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`. Ids outside the vocabulary stand for nothing. Raises InvalidRequest."""
+        text = self.decode_part(ids, skip_special_tokens)
+        return clean_up_spaces(text) if self.cleans_up_spaces else text
+
+    def decode_part(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """As `decode`, of ids amid others: with all spaces."""
         try:
             text: str = self._rust.decode(list(ids), skip_special_tokens=skip_special_tokens)
         except BaseException as error:
@@ -192,7 +205,7 @@ class Tokenizer:
         known = self._bytes.get(id)
         if known is None:
             piece = self.token(id)
-            known = self.rules.to_bytes(piece) if self.rules else self.decode([id], skip_special_tokens=False).encode()
+            known = self.rules.to_bytes(piece) if self.rules else self.decode_part([id], False).encode()
             self._bytes[id] = known
         return known
 

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from powerband.spec.workload.workload import AnswerForm
+from powerband.bench.client.messages import ServerAddress
+from powerband.spec.workload.workload import AnswerForm, RequestMix, Workload
 
 
 class Order(msgspec.Struct, forbid_unknown_fields=True):
@@ -66,6 +67,17 @@ FIELDS: dict[AnswerForm, dict[str, Any]] = {
         }
     },
 }
+
+
+def form_of(workload: Workload) -> AnswerForm:
+    return workload.requests.form if isinstance(workload.requests, RequestMix) else "text"
+
+
+def asking_for(form: AnswerForm, target: ServerAddress) -> ServerAddress:
+    """The target, whose requests ask for answers of this form. Those are chats, and end by themselves."""
+    if form == "text":
+        return target
+    return msgspec.structs.replace(target, endpoint="chat", form=form, ignore_eos=False)
 
 
 def is_valid(form: AnswerForm, text: str, calls: Sequence[Sequence[str]]) -> bool | None:

@@ -7,6 +7,7 @@ times are rounded to microseconds.
 
 from __future__ import annotations
 
+import contextlib
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -204,3 +205,20 @@ def _lines_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
 
 def _broken(path: Path, why: str) -> UsageError:
     return UsageError(f"{path} is broken: {why}.", hint="Measure again.", code="broken_run")
+
+
+@contextlib.contextmanager
+def results_folder(folder: Path) -> Iterator[None]:
+    """Make it before the load, not after it, and remove it if the run leaves nothing. Raises EnvironmentFault."""
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as problem:
+        with contextlib.suppress(OSError):
+            if is_new:
+                folder.rmdir()
+        if isinstance(problem, OSError) and problem.filename == str(folder):
+            why = "it is a file, not a folder" if folder.is_file() else problem.strerror
+            raise EnvironmentFault(f"Cannot write results to {folder}: {why}.", param="out") from None
+        raise

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from powerband.cli.flags import takes_settings
-from powerband.cli.settings import Resolved
 from powerband.documents import read_table
 from powerband.engines.base import ServerName
 from powerband.errors import UsageError
 from powerband.gateway.settings import GatewaySettings
+from powerband.spec.settings_layers import Resolved
 
 if TYPE_CHECKING:
     from powerband.gateway.routes import Routes

@@ -6,15 +6,18 @@ import json as json_format
 import sys
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from powerband.cli.flags import Json
-from powerband.cli.gateway.admin_api import AdminApi, GatewayFlags, find_gateway
+from powerband.cli.gateway.admin_api import GatewayFlags, find_gateway
 from powerband.cli.service.names import Service
 from powerband.cli.tables import print_table
 from powerband.errors import UsageError
+
+if TYPE_CHECKING:
+    from powerband.http_client.admin_client import AdminClient
 
 WhichKey = Annotated[tuple[str, ...], Parameter(name="[SERVICE] KEY", help="Id or name of a key", negative="")]
 
@@ -133,7 +136,7 @@ def revoke(
     return _changed(api.call("DELETE", f"/admin/keys/{_find_key_id(api, key)}"), as_json=json)
 
 
-def _find(gateway: GatewayFlags | None, words: tuple[str, ...]) -> tuple[AdminApi, str]:
+def _find(gateway: GatewayFlags | None, words: tuple[str, ...]) -> tuple[AdminClient, str]:
     """The gateway, and the word after the service's name."""
     if len(words) > 2:
         raise UsageError(f"Unexpected: {' '.join(words[2:])}.")
@@ -148,7 +151,7 @@ def _changed(key: dict[str, Any], *, as_json: bool) -> int:
     return 0
 
 
-def _find_key_id(api: AdminApi, text: str) -> str:
+def _find_key_id(api: AdminClient, text: str) -> str:
     keys = api.call("GET", "/admin/keys")["data"]
     if any(key["id"] == text for key in keys):
         return text

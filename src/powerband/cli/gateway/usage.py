@@ -20,7 +20,7 @@ from powerband.spec.quantities import count_text
 
 _PAGE = 1000
 _COLUMNS = ("requests", "errors", "refused", "prompt_tokens", "cached_tokens", "output_tokens", "cost_usd")
-_LATER_COLUMNS = ("estimated", "ttft_p50_s", "ttft_p95_s", "score", "scored")
+_LATER_COLUMNS = ("estimated", "ttft_p50_s", "ttft_p95_s", "score", "scored", "reasoning_tokens")
 
 
 def usage(
@@ -85,7 +85,7 @@ def _write_csv(path: Path, found: dict[str, Any]) -> None:
     import csv as csv_format
 
     names = [*found["by"], *(["key_name"] if "key" in found["by"] else []), *_COLUMNS, *_LATER_COLUMNS]
-    rows = [[row[name] for name in names] for row in found["data"]]
+    rows = [[row.get(name, 0) for name in names] for row in found["data"]]  # gateways of 0.1 count no reasoning
     if str(path) == "-":
         csv_format.writer(sys.stdout, lineterminator="\n").writerows([names, *rows])
         return
@@ -97,7 +97,19 @@ def _write_csv(path: Path, found: dict[str, Any]) -> None:
 
 
 def _headings(by: list[str]) -> list[str]:
-    figures = ("requests", "errors", "refused", "prompt", "cached", "output", "TTFT p50", "p95", "USD", "score")
+    figures = (
+        "requests",
+        "errors",
+        "refused",
+        "prompt",
+        "cached",
+        "output",
+        "reasoning",
+        "TTFT p50",
+        "p95",
+        "USD",
+        "score",
+    )
     return [*(by or [""]), *figures]
 
 
@@ -114,6 +126,7 @@ def _row(by: list[str], row: dict[str, Any]) -> list[str]:
         f"{row['prompt_tokens']:,}",
         f"{cached:.0%}",
         f"{row['output_tokens']:,}",
+        f"{row.get('reasoning_tokens', 0):,}",
         _seconds(row["ttft_p50_s"]),
         _seconds(row["ttft_p95_s"]),
         f"{row['cost_usd']:.4f}",

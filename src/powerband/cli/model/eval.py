@@ -16,11 +16,11 @@ from cyclopts import Parameter
 from powerband.cli.flags import Json, takes_settings
 from powerband.cli.model.serve import require_engine
 from powerband.cli.progress import progress_bar
-from powerband.cli.settings import Resolved
 from powerband.cli.tables import print_table
 from powerband.errors import UsageError
 from powerband.evaluation import ModelEvaluation, evaluate_model
 from powerband.spec.settings import EngineSettings
+from powerband.spec.settings_layers import Resolved
 from powerband.text.eval_tasks import KINDS
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]

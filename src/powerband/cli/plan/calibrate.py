@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Group, Parameter
 
 from powerband.cli.flags import Json, takes_settings
-from powerband.cli.machine import compute_device
 from powerband.cli.progress import progress_bar
-from powerband.cli.settings import Resolved
 from powerband.cli.tables import print_table
+from powerband.engine.this_machine import compute_device
 from powerband.errors import UsageError
 from powerband.spec.hardware.catalog import check_profile_can_be_written, local_profile_path, write_profile
 from powerband.spec.settings import EngineSettings
+from powerband.spec.settings_layers import Resolved
 
 if TYPE_CHECKING:
     from powerband.calibration.session import Calibration
@@ -58,6 +58,11 @@ def calibrate(
     began_s = time.perf_counter()
     if not 1 <= seconds <= 3600:
         raise UsageError(f"seconds is {seconds:g}.", hint="It lies between 1 and 3600.", param="seconds")
+    from powerband.engine.model_loader.checkpoint import check_local_model, resolve_model
+
+    if from_log is None and "model" in settings.asked:  # what is not there is said, or fetched, before minutes pass
+        check_local_model(settings.engine)
+        resolve_model(settings.engine)
     from powerband.calibration.quality import check_fits, load_per_core
 
     path = out or local_profile_path(_threads(settings.engine, from_log))
@@ -126,14 +131,7 @@ def _print(found: Calibration, path: Path, took_s: float, *, as_json: bool) -> N
     if as_json:
         print(json_format.dumps({"profile": str(path), "seconds": took_s, "measured": rows}, indent=1))
         return
-    table = [["measured", "steps", "GB/s", "GFLOP/s", "error: median", "P90", "bias"]]
-    for row in rows:
-        rates = [f"{row[name] / 1e9:.1f}" if name in row else "" for name in ("bytes_per_s", "flops_per_s")]
-        errors = [
-            f"{row['error'][name]:+.1%}".lstrip("+" if name != "bias" else "") for name in ("median", "p90", "bias")
-        ]
-        table.append([row["what"], str(row["steps"]), *rates, *errors])
-    print_table(table)
+    print_table(found.table())
     host = found.host
     if host is not None:
         print(

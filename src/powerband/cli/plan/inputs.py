@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from powerband.cli.model.memory import config_source
+from powerband.engine.this_machine import config_source
 from powerband.errors import EnvironmentFault
 from powerband.spec.hardware.catalog import NOT_MEASURED, needed_threads
 from powerband.spec.hardware.profile import DeviceProfile

@@ -8,8 +8,16 @@ from pathlib import Path
 
 from powerband.errors import EnvironmentFault
 from powerband.folders import expand_user
-from powerband.spec.checkpoint.files import INDEX, SET_ASIDE, choose, indexed_files, nothing_to_load
+from powerband.spec.checkpoint.files import (
+    INDEX,
+    SET_ASIDE,
+    choose,
+    indexed_files,
+    nothing_to_load,
+    weight_files,
+)
 from powerband.spec.model.pooling import module_folders
+from powerband.spec.model.reader import converted, read_model_spec
 from powerband.spec.settings import EngineSettings
 
 # What is fetched from the hub beside weights: never pickles, never code.
@@ -25,24 +33,46 @@ def resolve_model(settings: EngineSettings) -> Path:
     Everything fetched is of one revision. Raises EnvironmentFault.
     """
     name = settings.model
-    if name == "demo" and not Path(name).is_dir():
-        return Path(str(files("powerband") / "demo"))
-    path = expand_user(name)
-    if path.is_dir():
-        return path
-    if not _is_hub_id(name):
-        raise EnvironmentFault(
-            f"There is no folder {name!r}.",
-            hint="Give a folder with config.json and safetensors, a Hugging Face id (owner/name), or 'demo'.",
-            code="model_not_found",
-            param="model",
-        )
+    if (local := _local_model(name)) is not None:
+        return local
     revision, weights = settings.revision, settings.load_format != "dummy"
     folder = _fetch(name, revision, lambda: [*FETCHED, *(_weights(name, revision) if weights else ())], NOT_FETCHED)
     if modules := module_folders(folder):  # of sentence-transformers: poolings and projections
         endings = ("config.json", "model.safetensors") if weights else ("config.json",)
         return _fetch(name, revision, lambda: [f"{module}/{ending}" for module in modules for ending in endings], ())
     return folder
+
+
+def check_local_model(settings: EngineSettings) -> None:
+    """Check what can be seen without torch and network: that a model on this machine is there, of a supported family,
+    and has weights. Raises EnvironmentFault and UsageError, as loading it would.
+    """
+    folder = _local_model(settings.model)
+    if folder is None:
+        return
+    converted(read_model_spec(folder), settings.convert)
+    if settings.load_format != "dummy":
+        weight_files(folder)
+
+
+def _local_model(name: str) -> Path | None:
+    """The folder of a model in the package or on this machine; None: the name is one of the hub's.
+
+    Raises EnvironmentFault for a name that is neither.
+    """
+    if name == "demo" and not Path(name).is_dir():
+        return Path(str(files("powerband") / "demo"))
+    path = expand_user(name)
+    if path.is_dir():
+        return path
+    if _is_hub_id(name):
+        return None
+    raise EnvironmentFault(
+        f"There is no folder {name!r}.",
+        hint="Give a folder with config.json and safetensors, a Hugging Face id (owner/name), or 'demo'.",
+        code="model_not_found",
+        param="model",
+    )
 
 
 def resolve_adapter(name: str) -> Path:

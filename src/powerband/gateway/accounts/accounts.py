@@ -17,6 +17,7 @@ from powerband.gateway.accounts.audit import Audit, ChainHead
 from powerband.gateway.accounts.feedback import Feedback
 from powerband.gateway.accounts.keys import SCOPES, Key, Keys
 from powerband.gateway.accounts.limits import Limits
+from powerband.gateway.accounts.responses import ResponseStore
 from powerband.gateway.accounts.store import Store
 from powerband.gateway.accounts.transcripts import TranscriptStore
 from powerband.gateway.accounts.usage_log import UsageLog, read_spend
@@ -60,7 +61,9 @@ class Accounts:
         self.limits = Limits(store.read(lambda connection: read_spend(connection, wall())), monotonic, wall)
         self.usage_log = UsageLog(store, options.usage_retention_days)
         self.feedback = Feedback(store, self.usage_log, options.usage_retention_days)
-        self.content = TranscriptStore(store, options.store_content, options.content_retention_days)
+        kept = options.store_content, options.content_retention_days
+        self.content = TranscriptStore(store, *kept, redacts=options.redact_content)
+        self.responses = ResponseStore(store, *kept, redacts=options.redact_content)
         self._audit = Audit(store, wall)
 
     @classmethod
@@ -100,7 +103,7 @@ class Accounts:
             usage_waiting=len(buffer.rows),
             usage_written=buffer.written,
             usage_dropped=buffer.dropped,
-            content_dropped=self.content.buffer.dropped,
+            content_dropped=self.content.buffer.dropped + self.responses.buffer.dropped,
             failing_s=0.0 if failing_since is None else max(0.0, time.time() - failing_since),
         )
 

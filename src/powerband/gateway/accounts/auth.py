@@ -50,7 +50,7 @@ COUNTED = frozenset(
     }
 )
 INFER = COUNTED | {"/v1/feedback", "/v1/models", "/version", "/openapi.json"}
-INFER_BELOW = ("/v1/models/",)
+INFER_BELOW = ("/v1/models/", "/v1/responses/")
 
 
 class ApiKeyMiddleware:

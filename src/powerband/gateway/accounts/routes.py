@@ -207,6 +207,7 @@ class ReportRoutes:
     async def forget(self, request: Request) -> Response:
         id = _key_id(request)
         self._accounts.content.forget(id)
+        self._accounts.responses.forget(id)
         self._accounts.audit(actor_of(request), "content.delete", {"key": id})
         await self._accounts.store.saved()
         return json_response({"object": "content.deleted", "key": id})

@@ -1,5 +1,5 @@
-"""Prompts and outputs, stored only with the setting store_content. They are redacted before they reach the disk, and
-deleted after content_retention_days or by DELETE /admin/content."""
+"""Prompts and outputs, stored only with the setting store_content. They are redacted before they reach the disk, unless
+redact_content is off, and deleted after content_retention_days or by DELETE /admin/content."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _PROMPT = msgspec.json.Decoder(str | list[str | MessageFields])
 class TranscriptStore:
     """on: whether anything is stored."""
 
-    def __init__(self, store: Store, on: bool, retention_days: float) -> None:
+    def __init__(self, store: Store, on: bool, retention_days: float, *, redacts: bool = True) -> None:
         self.on = on
         self._store = store
         self._retention_s = retention_days * 86400
-        self.buffer = store.buffer(_INSERT, _MAX_WAITING, prepare=_redacted)
+        self.buffer = store.buffer(_INSERT, _MAX_WAITING, prepare=_redacted if redacts else None)
         store.add_periodic(self._delete_old, every_s=600, erases=True)  # also if it was switched off since
 
     def note(self, request: GatewayRequest, prompt: bytes, output: Sequence[str]) -> None:

@@ -18,7 +18,8 @@ from powerband.errors import InvalidRequest
 _DAY_S = 86400
 _WHOLE_DAYS_BEYOND_S = 7 * _DAY_S
 _SQL_OF = {"key": "key_id", "model": "model", "day": "day"}
-_SUMS = ("requests", "errors", "refused", "estimated", "prompt_tokens", "cached_tokens", "output_tokens", "cost_usd")
+_TOKENS = ("prompt_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
+_SUMS = ("requests", "errors", "refused", "estimated", *_TOKENS, "cost_usd")
 _ROWS = "(SELECT *, date(ended_at, 'unixepoch') AS day FROM usage WHERE ended_at >= :since)"
 
 
@@ -36,6 +37,7 @@ class UsageRow:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    reasoning_tokens: int = 0  # of the output, as far as replicas count them
     cost_usd: float = 0.0
     ttft_p50_s: float | None = None  # as clients saw it, queueing included
     ttft_p95_s: float | None = None

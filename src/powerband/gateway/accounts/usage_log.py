@@ -29,8 +29,8 @@ _DELETE = "DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE ended_at < 
 _INSERT = """
 INSERT INTO usage (
     request_id, ended_at, key_id, model, endpoint, prompt_tokens, cached_tokens, output_tokens, queue_s, ttft_s, e2e_s,
-    status, outcome, error, replica, cost_usd, requests, estimated
-) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request_id) DO NOTHING
+    status, outcome, error, replica, cost_usd, requests, estimated, reasoning_tokens
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request_id) DO NOTHING
 """
 
 
@@ -54,6 +54,7 @@ class _Sum(NamedTuple):
     output_tokens: int
     cost_usd: float
     estimated: int
+    reasoning_tokens: int
 
     def plus(self, other: _Sum) -> _Sum:
         return _Sum(max(self[0], other[0]), *map(add, self[1:], other[1:]))
@@ -91,6 +92,7 @@ class UsageLog:
             finished.cost_usd,
             1,
             int(finished.is_estimate),
+            finished.reasoning_tokens or 0,
         )
         if not finished.replicas:
             self._keep_sums(row)
@@ -123,9 +125,10 @@ class UsageLog:
             usd,
             count,
             estimated,
+            reasoning,
         ) = row
         group = _Group(int(ended_at // 3600), key_id, model, endpoint, status, outcome, error)
-        self._add(group, _Sum(ended_at, count, prompt, cached, output, usd, estimated))
+        self._add(group, _Sum(ended_at, count, prompt, cached, output, usd, estimated, reasoning))
 
     def _add(self, group: _Group, amounts: _Sum) -> None:
         with self._lock:
@@ -157,7 +160,8 @@ def _as_row(group: _Group, amounts: _Sum) -> Row:
     tokens = amounts.prompt_tokens, amounts.cached_tokens, amounts.output_tokens
     ends = group.status, group.outcome, group.error, ""
     known = id, amounts.ended_at, group.key_id, group.model, group.endpoint
-    return (*known, *tokens, 0.0, None, None, *ends, amounts.cost_usd, amounts.requests, amounts.estimated)
+    counts = amounts.requests, amounts.estimated, amounts.reasoning_tokens
+    return (*known, *tokens, 0.0, None, None, *ends, amounts.cost_usd, *counts)
 
 
 def read_spend(connection: sqlite3.Connection, now: float) -> dict[str, tuple[float, float]]:

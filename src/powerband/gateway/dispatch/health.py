@@ -23,6 +23,7 @@ import msgspec
 from powerband.dispatch.backend import Backend, ReplicaLoad
 from powerband.engines.base import EngineAdapter
 from powerband.engines.metrics import first_total
+from powerband.errors import PowerbandError
 from powerband.gateway.dispatch.pool import Pool
 from powerband.gateway.options import NO_DESCRIPTORS
 from powerband.gateway.routes import ReplicaAddress
@@ -31,10 +32,12 @@ from powerband.openai.fields import read_models
 logger = logging.getLogger(__name__)
 
 Fetch = Callable[[ReplicaAddress, str, float], Awaitable[tuple[int, bytes]]]
+LoadAdapter = Callable[[ReplicaAddress, str, str], Awaitable[None]]
 _TICK_S = 0.05
 _HELD_UP_S = 0.4  # a longer gap between two steps means that this process itself was stalled
 _LOAD_TIMEOUT_S = 2.0
 _ADAPTERS_INTERVAL_S = 2.0
+_ADAPTER_RETRY_S = 30.0  # after a replica could not load one
 
 
 class _Ready(msgspec.Struct):
@@ -50,8 +53,9 @@ class _Models(msgspec.Struct):
 class Prober:
     """fetch(replica, path, timeout_s): status and body; raises OSError (TimeoutError is one)."""
 
-    def __init__(self, pool: Pool, fetch: Fetch) -> None:
-        self._pool, self._fetch = pool, fetch
+    def __init__(self, pool: Pool, fetch: Fetch, load_adapter: LoadAdapter | None = None) -> None:
+        """load_adapter(replica, name, path): raises OSError and PowerbandError."""
+        self._pool, self._fetch, self._load_adapter = pool, fetch, load_adapter
         self._due_s: dict[str, float] = {}
         self._load_due_s: dict[str, float] = {}
         self._adapters_due_s: dict[str, float] = {}
@@ -211,6 +215,20 @@ class Prober:
             listed = read_models(body)
             names = {model.id for model in listed if model.parent == address.model and model.id != address.model}
             self._pool.adapters[backend.id] = frozenset(names)
+            await self._load_missing(backend, address, names)
+
+    async def _load_missing(self, backend: Backend, address: ReplicaAddress, listed: set[str]) -> None:
+        """Load what every replica should have, at one that started or restarted later."""
+        for name, path in self._pool.wanted_adapters.items():
+            if name in listed or self._load_adapter is None:
+                continue
+            try:
+                await self._load_adapter(address, name, path)
+            except (OSError, PowerbandError) as problem:
+                logger.warning("replica %s has no adapter %r: %s", backend.id, name, problem)
+                self._adapters_due_s[backend.id] = self._pool.clock() + _ADAPTER_RETRY_S
+            else:
+                self._pool.lists_adapter(backend.id, name)
 
 
 def read_load(page: bytes, adapter: EngineAdapter) -> ReplicaLoad:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from powerband.dispatch.backend import Backend, BackendSpec, InFlightRequest, ReplicaLoad
 from powerband.dispatch.dispatcher import Dispatcher, Outcome
@@ -33,6 +33,7 @@ class Pool:
         self.dispatcher = Dispatcher(self.options)
         self._addresses: dict[str, ReplicaAddress] = {}
         self.adapters: dict[str, frozenset[str]] = {}  # by replica: the names of the LoRA adapters that it lists
+        self.wanted_adapters: Mapping[str, str] = {}  # name → path, of those that each replica should have
         self._futures: dict[QueuedRequest, asyncio.Future[InFlightRequest]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due_s = 0.0
@@ -58,6 +59,15 @@ class Pool:
         self._addresses = addresses
         self.adapters = {id: names for id, names in self.adapters.items() if id in addresses}
         self._deliver()
+
+    @property
+    def addresses(self) -> Sequence[ReplicaAddress]:
+        return tuple(self._addresses.values())
+
+    def lists_adapter(self, id: str, name: str, *, listed: bool = True) -> None:
+        """Note that a replica has, or no longer has, an adapter, before it is asked the next time."""
+        known = self.adapters.get(id, frozenset())
+        self.adapters[id] = known | {name} if listed else known - {name}
 
     async def lease(self, request: GatewayRequest, *, avoid: Collection[str] = ()) -> Lease:
         """Wait for a slot at a replica. avoid: replicas that failed with the request, used only if no other serves.

@@ -22,6 +22,10 @@ class MistralParser(TextParser):
         self._raw: list[str] = []  # since the tag, until a name is known
         self._in_list = False
 
+    @property
+    def in_call(self) -> bool:
+        return self._state != self._start
+
     def _new_call(self) -> JsonCall:
         return JsonCall(self._call_start, self._arguments)
 

@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from powerband.errors import InvalidRequest
-from powerband.openai.tools import FunctionCall, FunctionDefinition, FunctionName, NamedTool, Tool, ToolCall, ToolChoice
+from powerband.openai.tools import FunctionCall, FunctionDefinition, FunctionName, NamedTool, ToolCall, ToolChoice
 from powerband.server.field_places import FieldPlaces
 from powerband.server.generation.reasoning import has_switch
 from powerband.server.messages.requests import (
@@ -56,7 +56,7 @@ def to_chat(body: CountTokensRequest, model: Model) -> tuple[ChatRequest, FieldP
         **{name: getattr(body, name) for name in SamplingFields.__struct_fields__},
         messages=conversation.messages,
         chat_template_kwargs=body.chat_template_kwargs,
-        tools=_tools(body, places),
+        tools=places.tools(_functions(body)),
         tool_choice=_choice(body, places),
         parallel_tool_calls=_allows_parallel_calls(body),
         reasoning_effort=config.effort,
@@ -173,16 +173,12 @@ def _misplaced(place: str, block: InputBlock, role: str) -> InvalidRequest:
     )
 
 
-def _tools(body: CountTokensRequest, places: FieldPlaces) -> list[Tool] | None:
+def _functions(body: CountTokensRequest) -> list[FunctionDefinition] | None:
     if body.tools is None:
         return None
-    for index in range(len(body.tools)):
-        places.add(f"tools.{index}.function", f"tools.{index}")
     return [
-        Tool(
-            function=FunctionDefinition(
-                name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
-            )
+        FunctionDefinition(
+            name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
         )
         for tool in body.tools
     ]

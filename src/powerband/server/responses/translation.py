@@ -13,7 +13,6 @@ from powerband.openai.tools import (
     FunctionDefinition,
     FunctionName,
     NamedTool,
-    Tool,
     ToolCall,
     ToolChoice,
 )
@@ -69,7 +68,7 @@ def to_chat(body: ResponsesRequest) -> tuple[ChatRequest, FieldPlaces]:
         logprobs=logprobs or None,
         top_logprobs=body.top_logprobs if logprobs else None,
         chat_template_kwargs=body.chat_template_kwargs,
-        tools=_tools(body, places),
+        tools=places.tools(_functions(body)),
         tool_choice=_choice(body, places),
         parallel_tool_calls=body.parallel_tool_calls,
         thinking_token_budget=body.thinking_token_budget,
@@ -157,17 +156,11 @@ def _content(content: Any) -> str | list[ContentPart]:
     return [ContentPart("text", text) for text in texts] or ""
 
 
-def _tools(body: ResponsesRequest, places: FieldPlaces) -> list[Tool] | None:
+def _functions(body: ResponsesRequest) -> list[FunctionDefinition] | None:
     if body.tools is None:
         return None
-    for index in range(len(body.tools)):
-        places.add(f"tools.{index}.function", f"tools.{index}")
     return [
-        Tool(
-            function=FunctionDefinition(
-                name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict
-            )
-        )
+        FunctionDefinition(name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict)
         for tool in body.tools
     ]
 

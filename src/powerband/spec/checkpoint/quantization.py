@@ -79,7 +79,7 @@ def read_weight_format(fields: ConfigReader) -> tuple[str | None, WeightFormat |
 
 
 def _gptq(table: ConfigReader) -> WeightFormat:
-    layout = table.text("checkpoint_format", "gptq")
+    layout = table.text("checkpoint_format", table.text("format", "gptq")).lower()  # "format": transformers 5
     if table.boolean("is_marlin_format", False):
         layout = "marlin"
     if layout not in ("gptq", "gptq_v2"):
@@ -98,7 +98,9 @@ def _gptq(table: ConfigReader) -> WeightFormat:
 
 
 def _awq(table: ConfigReader) -> WeightFormat:
-    layout = table.text("version", "gemm").lower()
+    layout = table.text("version", table.text("checkpoint_format", table.text("format", "gemm"))).lower()
+    if table.text("backend", "") == "llm-awq":
+        layout = "llm-awq"
     if layout != "gemm":
         raise _unsupported(table, f"AWQ weights in the layout {shown(layout)}", "version")
     # The second names are those of llm-awq and of AutoAWQ's own file.

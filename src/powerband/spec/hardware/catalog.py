@@ -34,6 +34,20 @@ NOT_MEASURED = "not_measured"  # code of an error
 _MAX_BYTES = 4 << 20
 
 
+def _comparable(name: str) -> str:
+    """A device's name without case and separators, for 'A100 80GB', 'a100-80gb' and 'A100_80GB' are one."""
+    return "".join(letter for letter in name.casefold() if letter.isalnum())
+
+
+def _near(wanted: str, known: Mapping[str, DeviceProfile]) -> str:
+    """What may have been meant by a name that is not known. known: profiles by their comparable names."""
+    if wanted in ("cpu", "cuda", "gpu"):
+        return f"'{LOCAL}' is this machine. "
+    within = [name for name in known if len(wanted) > 1 and wanted in name]
+    names = dict.fromkeys(known[name].name for name in within or difflib.get_close_matches(wanted, known, n=2))
+    return f"Did you mean {' or '.join([*names][:3])}? " if names else ""
+
+
 @dataclass(frozen=True, slots=True)
 class Catalog:
     """profiles: by name."""
@@ -41,8 +55,8 @@ class Catalog:
     profiles: Mapping[str, DeviceProfile]
 
     def find(self, name: str, replicas: int | None = None) -> DeviceProfile:
-        """By name or alias in any case; 'local': this machine's profile, for so many replicas that share it; a path:
-        the profile in that file.
+        """By name or alias in any case and with any separators; 'local': this machine's profile, for so many replicas
+        that share it; a path: the profile in that file.
 
         Raises UsageError for an unknown name, EnvironmentFault where a file or a calibration is missing.
         """
@@ -50,16 +64,15 @@ class Catalog:
             return read_local_profile(replicas)
         if name.endswith((".yaml", ".yml")):
             return read_profile(Path(name))
-        wanted = name.casefold()
-        for profile in self.profiles.values():
-            if wanted in (known.casefold() for known in (profile.name, *profile.aliases)):
-                return profile
-        names = {known.casefold(): known for known in self.profiles}
-        near = [names[found] for found in difflib.get_close_matches(wanted, names, n=2, cutoff=0.4)]
+        wanted = _comparable(name)
+        known = {
+            _comparable(one): profile for profile in self.profiles.values() for one in (profile.name, *profile.aliases)
+        }
+        if wanted in known:
+            return known[wanted]
         raise UsageError(
             f"There is no device {shown(name)} in the catalog.",
-            hint=(f"Near: {', '.join(near)}. " if near else "")
-            + "'powerband devices' lists all; a file NAME.yaml describes another one.",
+            hint=f"{_near(wanted, known)}'powerband devices' lists all; a file NAME.yaml describes another one.",
             param="devices",
         )
 

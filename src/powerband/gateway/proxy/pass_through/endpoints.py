@@ -9,7 +9,9 @@ from powerband.gateway.request import Endpoint
 
 _USE_MAX_TOKENS = "Use 'max_tokens'."
 _USE_MAX_OUTPUT_TOKENS = "Use 'max_output_tokens'."
-_NOT_STORED = "The gateway stores no responses: send the whole conversation in 'input'."
+_WHOLE_INPUT = "Send the whole conversation in 'input'"
+_STORE_OFF = f"{_WHOLE_INPUT}: this gateway stores no responses. (Started with --store-content, it does.)"
+_NO_CONVERSATIONS = f"{_WHOLE_INPUT}, or 'previous_response_id' where the gateway has --store-content."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +59,8 @@ RESPONSES = PassThroughEndpoint(
     ),
     # Other keys' responses could be read by their ids, and a response in the background is never accounted for.
     refused={
-        "previous_response_id": _NOT_STORED,
-        "conversation": _NOT_STORED,
+        "previous_response_id": _STORE_OFF,
+        "conversation": _NO_CONVERSATIONS,
         "background": "Ask for it as a stream.",
         "max_tokens": _USE_MAX_OUTPUT_TOKENS,
         "max_completion_tokens": _USE_MAX_OUTPUT_TOKENS,

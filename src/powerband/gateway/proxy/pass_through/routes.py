@@ -19,11 +19,13 @@ from powerband.gateway.gateway import Gateway, ServedModel
 from powerband.gateway.proxy.attempts import BuildRequest, EndpointMissing
 from powerband.gateway.proxy.handler import ProxiedResponse, admit
 from powerband.gateway.proxy.interfaces import ResponseState
-from powerband.gateway.proxy.pass_through.endpoints import ENDPOINTS, PassThroughEndpoint
+from powerband.gateway.proxy.pass_through.endpoints import ENDPOINTS, RESPONSES, PassThroughEndpoint
 from powerband.gateway.proxy.pass_through.errors import error_event
 from powerband.gateway.proxy.pass_through.request import PassThroughRequest, lacks_endpoint
 from powerband.gateway.proxy.pass_through.state import PassThroughState
+from powerband.gateway.proxy.pass_through.stored import PreparedRequest, prepare
 from powerband.gateway.request import GatewayRequest
+from powerband.web.client_connection import while_connected
 
 _OUTSIDE_RESULTS = 2  # the results are one level deeper
 
@@ -38,7 +40,14 @@ def make_routes(gateway: Gateway, accounts: Accounts) -> list[Route]:
 
 async def _take(gateway: Gateway, accounts: Accounts, endpoint: PassThroughEndpoint, request: Request) -> Response:
     path = request.scope["path"]
-    client_request = PassThroughRequest(await gateway.read_body(request), endpoint, path)
+    with while_connected(request.scope):
+        if endpoint is RESPONSES:
+            prepared = await prepare(gateway, accounts.responses, request)
+        else:
+            prepared = PreparedRequest(await gateway.read_body(request))
+        client_request = await gateway.decode(
+            request, prepared.data, lambda data: PassThroughRequest(data, endpoint, path)
+        )
     served = gateway.served(client_request.fields.model)
     replicas = served.route.replicas
     if replicas and not any(one.adapter.may_offer(path) for one in replicas):
@@ -51,7 +60,7 @@ async def _take(gateway: Gateway, accounts: Accounts, endpoint: PassThroughEndpo
             gateway_request.tenant,
             client_request.prompt_salt + served.prefix_salt,
         )
-    return PassThroughResponse(gateway, accounts, served, client_request, gateway_request, key, endpoint)
+    return PassThroughResponse(gateway, accounts, served, client_request, gateway_request, key, endpoint, prepared)
 
 
 class PassThroughResponse(ProxiedResponse):
@@ -68,15 +77,17 @@ class PassThroughResponse(ProxiedResponse):
         request: GatewayRequest,
         key: Key | None,
         endpoint: PassThroughEndpoint,
+        prepared: PreparedRequest,
     ) -> None:
-        self._endpoint = endpoint
+        self._endpoint, self._is_private = endpoint, prepared.is_private
         self._make_state = partial(
             PassThroughState,
             client_request,
             endpoint,
             served.route.name,
             served.estimates,
-            keeps_text=accounts.content.on,
+            keeps_text=accounts.content.on and not prepared.is_private,
+            kept=prepared.kept,
         )
         super().__init__(gateway, accounts, served, client_request, request, key)
 

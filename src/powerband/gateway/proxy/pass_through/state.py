@@ -11,6 +11,7 @@ from msgspec import UNSET, Raw, UnsetType
 from powerband.engines.base import CannotResume
 from powerband.gateway.proxy.pass_through.endpoints import PassThroughEndpoint, StreamEvents
 from powerband.gateway.proxy.pass_through.request import PassThroughRequest
+from powerband.gateway.proxy.pass_through.stored import ResponseToStore
 from powerband.gateway.proxy.pass_through.usage import ReportedUsage
 from powerband.gateway.proxy.token_counter import TokenCounter
 from powerband.gateway.routes import ReplicaAddress
@@ -110,8 +111,10 @@ class PassThroughState:
         estimates: TokenEstimates,
         *,
         keeps_text: bool,
+        kept: ResponseToStore | None = None,
     ) -> None:
-        """model: the served name."""
+        """model: the served name. kept: the response that is stored when it is complete."""
+        self._kept = kept
         self._endpoint = endpoint
         self._events = endpoint.events or StreamEvents(opening=frozenset(), last=frozenset())
         self._model = self._inner_model = model
@@ -158,11 +161,23 @@ class PassThroughState:
         _, _, self.tokens.num_output = self.tokens.final_usage()
         if self._keeps_text and self._endpoint.limit:
             self.texts = [bytes(result).decode() for result in results if result is not UNSET]
-        if found.model is None or found.model == self._model:
+        is_stored = self._kept is not None and not response.is_large  # decoding a large one would take long
+        if not is_stored and found.model in (None, self._model):
             return response.pieces()
         if not response.is_large:
             found.check(len(data))
-        return response.renamed(self._model)
+        return [self._keep(data)] if is_stored else response.renamed(self._model)
+
+    def _keep(self, response: bytes) -> bytes:
+        """Store a complete response. Returns it as it is stored."""
+        response = self._with_own_fields(response)
+        if self._kept is not None:
+            self._kept.keep(response)
+        return response
+
+    def _with_own_fields(self, response: bytes) -> bytes:
+        stored = {} if self._kept is None else self._kept.fields
+        return _ENCODE({**FIELDS.decode(response), "model": self._model, **stored})
 
     def _count_usage(self, usage: ReportedUsage | None, tokens: int = 0) -> None:
         reported = usage.as_chunk_usage() if usage is not None else None
@@ -207,12 +222,13 @@ class PassThroughState:
 
     def _with_served_name(self, event: _Event, data: bytes) -> bytes:
         inner = event.inner
-        if inner is None or inner.model is None or inner.model == self._model:
+        if inner is None or (self._kept is None and inner.model in (None, self._model)):
             return data
         name = "message" if inner is event.message else "response"
         inner.check(len(data))
         fields = FIELDS.decode(data)
-        fields[name] = Raw(_ENCODE({**FIELDS.decode(fields[name]), "model": self._model}))
+        change = self._keep if event.type in self._events.last else self._with_own_fields
+        fields[name] = Raw(change(bytes(fields[name])))
         return _ENCODE(fields)
 
     def _failure(self, event: _Event, data: bytes) -> Exception:

@@ -18,7 +18,6 @@ import msgspec
 from powerband.documents import read_table
 from powerband.errors import UsageError
 from powerband.renamed import new_names, option, warn_renamed
-from powerband.server.settings import ServerSettings
 from powerband.service_links import is_service_link
 from powerband.spec.config_reader import shown
 from powerband.spec.settings import EngineSettings, value_types
@@ -45,11 +44,6 @@ class Resolved:
     def engine(self) -> EngineSettings:
         engine: EngineSettings = self.values[EngineSettings]
         return engine
-
-    @property
-    def server(self) -> ServerSettings:
-        server: ServerSettings = self.values[ServerSettings]
-        return server
 
     @property
     def asked(self) -> set[str]:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from powerband.cli.settings import Resolved
 from powerband.errors import UsageError
+from powerband.server.settings import ServerSettings
+from powerband.spec.settings_layers import Resolved
 
 Device = Callable[[], str]
 
@@ -19,6 +20,11 @@ class Rule:
     setting: str
     idle: Callable[[Resolved, Device], bool]
     reason: str
+
+
+def _server(settings: Resolved) -> ServerSettings:
+    server: ServerSettings = settings.values[ServerSettings]
+    return server
 
 
 RULES = (
@@ -64,12 +70,12 @@ RULES = (
     ),
     Rule(
         "api_key_file",
-        lambda s, _: s.server.api_key is not None,
+        lambda s, _: _server(s).api_key is not None,
         "api_key already gives the key",
     ),
     Rule(
         "insecure",
-        lambda s, _: s.server.insecure and (s.server.api_key is not None or s.server.api_key_file is not None),
+        lambda s, _: _server(s).insecure and (_server(s).api_key is not None or _server(s).api_key_file is not None),
         "it allows going without a key, and there is one",
     ),
 )
