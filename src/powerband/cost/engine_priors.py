@@ -52,7 +52,7 @@ class EnginePriors:
     uses_memory_plan: bool = False  # cost.memory, on one device without offload: the plan that it prints and obeys
     block_size: int = 16  # tokens of a block of the KV cache
     # Whether it keeps only the last blocks of layers with a sliding window, in shared pages: vLLM's hybrid KV
-    # cache manager, on GPUs. Our own engine has one block table for all layers, and keeps every block.
+    # cache manager, on GPUs, and our own engine everywhere, by its memory plan.
     frees_windows: bool = False
     # Of models in these families: how many positions layers with a window hold for each one that the others do, in a
     # pool of their own (SGLang's swa_full_tokens_ratio).
@@ -84,6 +84,7 @@ ENGINE_PRIORS: Mapping[EngineName, EnginePriors] = {
         uses_memory_plan=True,
         overlaps_grammars=False,
         block_size=32,
+        frees_windows=True,
     ),
     "vllm": EnginePriors(frees_windows=True),
     "sglang": EnginePriors(
