@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 from typing import Any
 
 import msgspec
@@ -20,6 +21,7 @@ from powerband.gateway.upstream.buffered_response import (
     ResponseScanner,
 )
 from powerband.gateway.upstream.failure import UpstreamFailure
+from powerband.openai.events import EventReader
 
 SCALARS = st.none() | st.booleans() | st.integers(-9, 10**9) | st.floats(-1e9, 1e9) | st.text(max_size=20)
 VALUES = st.recursive(
@@ -185,3 +187,18 @@ def test_tenants_take_turns_however_many_large_answers_each_has() -> None:
     assert order.count("b") == 10
     assert len(order) == 28 * 10 + 1 + 10
     assert max(place for place, tenant in enumerate(order) if tenant == "b") <= 3 * 10
+
+
+@pytest.mark.parametrize("kind", ["response", "event"])
+def test_what_a_replica_sends_in_tiny_pieces_takes_little_more_memory_than_its_size(kind: str) -> None:
+    num_pieces = 100_000
+    response, reader = BufferedResponse(), EventReader()
+    tracemalloc.start()
+    try:
+        for number in range(num_pieces):
+            piece = b"%02d" % (number % 100)
+            response.add(piece) if kind == "response" else reader.feed(piece)
+        assert tracemalloc.get_traced_memory()[1] < 5 * 2 * num_pieces
+    finally:
+        tracemalloc.stop()
+    assert len(response.surface()) == (2 * num_pieces if kind == "response" else 0)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
+import tracemalloc
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 
 from powerband.errors import InvalidRequest
 from powerband.server.protocol import ChatRequest, CompletionRequest
-from powerband.web.body import _num_commas, decode
+from powerband.web.body import _num_commas, decode, read_body
 from powerband.web.errors import HttpError
 from powerband.web.http1.framing import ChunkedFraming
 
@@ -70,6 +73,22 @@ def read_all(framing: ChunkedFraming, data: bytes) -> bytes:
         content += framing.take(left)
         if not framing.has_more:
             return bytes(content)
+
+
+def test_a_body_in_tiny_pieces_takes_little_more_memory_than_its_size() -> None:
+    num_pieces = 100_000
+
+    async def receive() -> dict[str, Any]:
+        nonlocal num_pieces
+        num_pieces -= 1
+        return {"type": "http.request", "body": b"%02d" % (num_pieces % 100), "more_body": num_pieces > 0}
+
+    tracemalloc.start()
+    try:
+        body = asyncio.run(read_body(Request({"type": "http", "headers": []}, receive), 1 << 20))
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(body)
+    finally:
+        tracemalloc.stop()
 
 
 def test_only_commas_outside_of_strings_count_as_values() -> None:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import resource
 import sys
 
 import pytest
-from connections_for_tests import Recorder, Stream, connect, ends, exchange, request, run, serving, until
+from connections_for_tests import (
+    PATIENCE_S,
+    Recorder,
+    Stream,
+    answer,
+    connect,
+    ends,
+    exchange,
+    request,
+    run,
+    serving,
+    until,
+)
+from starlette.types import Receive, Scope, Send
 
 from powerband.web import listening
 
@@ -48,6 +62,33 @@ def test_who_comes_with_a_request_is_served_however_many_are_held(kind: str) -> 
             assert (b" 503 " in first, b"too_many_connections" in first) == (is_told, is_told)
             await until(lambda: not app.running or kind == "half a body")
             assert app.running <= MAX
+
+    run(scenario)
+
+
+def test_clients_that_do_not_read_their_answers_keep_nobody_out() -> None:
+    async def large(scope: Scope, _: Receive, send: Send) -> None:
+        if scope["path"] == "/next":
+            await answer(send, b"x")
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while True:
+            await send({"type": "http.response.body", "body": b"x" * (256 << 10), "more_body": True})
+
+    async def scenario() -> None:
+        async with serving(large) as port:
+            held = []
+            for _ in range(MAX):
+                reader, writer = await connect(port)
+                writer.transport.pause_reading()  # type: ignore[attr-defined]  # the one of asyncio can
+                writer.write(request("/large"))
+                await writer.drain()
+                held.append((reader, writer))
+            async with asyncio.timeout(PATIENCE_S):
+                while not (await exchange(port, request("/next", CLOSE))).startswith(b"HTTP/1.1 200"):
+                    await asyncio.sleep(0.01)  # until the server has begun all of the large answers
+            for _, writer in held:
+                writer.transport.abort()
 
     run(scenario)
 

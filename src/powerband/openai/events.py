@@ -32,13 +32,12 @@ DONE = event(END)
 class EventReader:
     """Parses a stream: bytes in, the data of complete events out. num_events: events so far, including comments."""
 
-    __slots__ = ("_after_cr", "_ends_line", "_has_begun", "_max_bytes", "_rest", "_rest_bytes", "num_events")
+    __slots__ = ("_after_cr", "_ends_line", "_has_begun", "_max_bytes", "_rest", "num_events")
 
     def __init__(self, max_bytes: int = MAX_EVENT_BYTES) -> None:
         """max_bytes: of one event."""
         self._max_bytes = max_bytes
-        self._rest: list[bytes] = []  # pieces of an incomplete event, joined once when it is complete
-        self._rest_bytes = 0
+        self._rest = bytearray()  # an incomplete event
         self._ends_line = False  # whether `_rest` ends with a line end
         self._after_cr = False  # whether the last byte was a CR, which an LF may follow
         self._has_begun = False
@@ -60,8 +59,8 @@ class EventReader:
             if b"\n\n" not in piece and not (self._ends_line and piece.startswith(b"\n")):
                 self._keep(piece)
                 return []
-            piece = b"".join((*self._rest, piece))
-            self._rest, self._rest_bytes = [], 0
+            piece = bytes(self._rest) + piece
+            self._rest = bytearray()
         if piece.endswith(b"\n\n"):
             blocks = piece[:-2].split(b"\n\n")
         else:
@@ -76,10 +75,9 @@ class EventReader:
     def _keep(self, rest: bytes) -> None:
         if not rest:
             return
-        self._rest.append(rest)
-        self._rest_bytes += len(rest)
+        self._rest += rest
         self._ends_line = rest.endswith(b"\n")
-        if self._rest_bytes > self._max_bytes:
+        if len(self._rest) > self._max_bytes:
             raise EventTooLarge(f"event is larger than {self._max_bytes} bytes")
 
     def _with_line_feeds(self, piece: bytes) -> bytes:

@@ -102,20 +102,18 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_bytes:
         raise too_large
-    chunks: list[bytes] = []
-    size = 0
+    data = bytearray()  # not a list, in which a body that comes in pieces of two bytes would take thirty times its size
     try:
         async with asyncio.timeout(_SECONDS_TO_SEND):
             async for chunk in request.stream():
-                size += len(chunk)
-                if size > max_bytes:
+                data += chunk
+                if len(data) > max_bytes:
                     raise too_large
-                chunks.append(chunk)
     except TimeoutError:
         raise HttpError(408, "request_timeout", f"The body took longer than {_SECONDS_TO_SEND} s.") from None
     except ClientDisconnect:
         raise HttpError(400, "client_disconnected", "The client left before its request was complete.") from None
-    return b"".join(chunks)
+    return bytes(data)
 
 
 def check_size(data: bytes) -> None:

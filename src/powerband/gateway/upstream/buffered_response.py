@@ -131,6 +131,7 @@ class BufferedResponse:
         """depth: nesting depth of the deepest fields that are read."""
         self._depth = depth
         self._pieces: list[bytes] = []
+        self._small = bytearray()  # what comes after `_pieces`
         self._surface: _Surface | None = None
         self.size = 0
 
@@ -141,7 +142,7 @@ class BufferedResponse:
 
     def add(self, piece: bytes) -> None:
         """Raises UpstreamFailure for invalid UTF-8, and ResponseTooLarge."""
-        self._pieces.append(piece)
+        self._keep(piece)
         self.size += len(piece)
         if self.size > MAX_RESPONSE_BYTES:
             raise ResponseTooLarge
@@ -149,8 +150,20 @@ class BufferedResponse:
             self._surface.add(piece)
         elif self.size > LARGE_BYTES:
             self._surface = _Surface(self._depth)
+            self._end_small()
             for one in self._pieces:
                 self._surface.add(one)
+
+    def _keep(self, piece: bytes) -> None:
+        """Join small pieces: as objects of their own, pieces of two bytes would take thirty times their size."""
+        self._small += piece
+        if len(self._small) >= _SLICE_BYTES:
+            self._end_small()
+
+    def _end_small(self) -> None:
+        if self._small:
+            self._pieces.append(bytes(self._small))
+            self._small = bytearray()
 
     def read(self) -> Chunk:
         """Decode the response. Raises UpstreamFailure if it is not one."""
@@ -161,6 +174,7 @@ class BufferedResponse:
 
     def surface(self) -> bytes:
         """The JSON to decode: all of a small response. Raises UpstreamFailure for invalid UTF-8."""
+        self._end_small()
         if self._surface is not None:
             return self._surface.end()
         self._pieces = [b"".join(self._pieces)]

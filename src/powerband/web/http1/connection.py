@@ -116,11 +116,14 @@ class HttpConnection(asyncio.Protocol):
             self._expect_reading()
         self._writable.clear()
         self._line.paused()
+        self._limit.waits(self)
 
     def resume_writing(self) -> None:
         self._stop_reading_timer()
         self._writable.set()
         self._line.resumed()
+        if self._exchange is not None and self._exchange.has_whole_body:
+            self._limit.works(self)
 
     def shutdown(self) -> None:
         """The server shuts down: close after the current response."""

@@ -13,7 +13,8 @@ class LimitedConnection(Protocol):
 
 
 class ConnectionLimit:
-    """Tracks the connections that wait for their client: idle ones, and those whose request is incomplete.
+    """Tracks the connections that wait for their client: idle ones, those whose request is incomplete, and those whose
+    client is behind in reading the response.
 
     Beyond `max_connections`, the connection that has waited for longest is closed. Honest clients send a request
     quickly, so connections that are only held open go first. If only the new connection waits, it is closed.
