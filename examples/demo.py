@@ -52,7 +52,7 @@ def main() -> int:
         url = gateway_url()
         say(f"\n$ python examples/chat.py --url {url}")
         subprocess.run([sys.executable, str(CHAT), "--url", url], check=True)
-        say(f"\nFrom nothing to proven in {time.monotonic() - began_s:.0f} s.")
+        say(f"\nFrom nothing to an answer in {time.monotonic() - began_s:.0f} s.")
         if not arguments.once:
             say(f"The demo model is served at {url}/v1 until you press Ctrl-C. In another terminal: powerband status")
             threading.Event().wait()

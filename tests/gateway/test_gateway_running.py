@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,8 @@ def run(*arguments: str) -> tuple[int, str]:
     [
         (["--routes=nowhere.yaml"], 3, "Cannot read nowhere.yaml"),
         (["--routes=a.yaml", "--replica=http://127.0.0.1:1"], 2, "Both --routes and --replica"),
-        (["--replica=127.0.0.1:1"], 2, "Like http://127.0.0.1:8001"),
+        (["--replica=ftp://127.0.0.1:1"], 2, "'ftp://127.0.0.1:1' is not a server address."),
+        (["--replica="], 2, "'' is not a server address."),
         (["--host=0.0.0.0"], 2, "would let anyone use the replicas"),
         (["--max-attempts=0"], 2, "max_attempts is 0"),
     ],
@@ -190,6 +192,41 @@ def run(*arguments: str) -> tuple[int, str]:
 def test_mistakes_are_told_at_once(tmp_path: Path, arguments: list[str], code: int, said: str) -> None:
     found, told = run(f"--database={tmp_path / 'gateway.db'}", "--port=0", *arguments)
     assert (found, said in told) == (code, True), told
+
+
+def test_a_replica_that_does_not_answer_is_named_at_once_and_ctrl_c_ends_the_waiting(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "powerband", "gateway", "--port=0", f"--database={tmp_path / 'gateway.db'}"]
+    with subprocess.Popen([*command, "--replica=127.0.0.1:1"], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any("waiting for the replica at http://127.0.0.1:1: " in line for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+
+
+def test_a_replica_that_wants_a_key_is_not_waited_for(tmp_path: Path) -> None:
+    class WithKey(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401)
+
+    with HTTPServer(("127.0.0.1", 0), WithKey) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        code, told = run(f"--database={tmp_path / 'gateway.db'}", "--port=0", f"--replica={url}")
+        server.shutdown()
+    assert code == 3
+    assert f"The replica at {url} did not report which models it serves. GET /v1/models answers 401." in told
+    assert "Replicas that need an API key must be listed with --routes." in told
+
+
+def test_replicas_may_be_written_without_a_scheme_and_with_v1(tmp_path: Path) -> None:
+    with scripted_replica() as replica:
+        written = replica.url.removeprefix("http://") + "/v1"
+        with running_gateway(tmp_path, f"--replica={written}") as gateway:
+            assert gateway.post("/v1/completions", TEXT).status_code == 200
+            body = routes_to(replica.url + "/v1")
+            refused = gateway.admin.put("/admin/routes", json=body)
+            assert refused.status_code == 400
+            assert "Leave out /v1" in refused.text
 
 
 def test_a_port_in_use_is_told(tmp_path: Path) -> None:

@@ -203,6 +203,13 @@ def test_more_than_estimated_delays_what_comes_later() -> None:
     limits.reserve(key, request(1)).cancel()
 
 
+def test_a_limit_of_one_request_is_said_in_the_singular() -> None:
+    limits, key = limits_at(Clock()), key_with(requests_per_min=1)
+    limits.reserve(key, request(1)).settle(1, 1, 0.0)
+    with pytest.raises(LimitReached, match="may use 1 request per minute; 1 are used, 1 requested"):
+        limits.reserve(key, request(1))
+
+
 def test_output_beyond_what_was_taken_counts_while_it_comes() -> None:
     limits, key = limits_at(Clock()), key_with(tokens_per_min=100)
     running = limits.reserve(key, request(10, 10))

@@ -177,3 +177,5 @@ def test_strict_lengths_refuse_what_would_be_cut():
     with pytest.raises(UsageError) as caught:
         refuse_cuts(drawn(RequestMix(Fixed(3000), Fixed(10)), 2048, 3).cut, 3)
     assert caught.value.message == ("3 of 3 requests are longer than the context of 2,048 tokens, the longest 3,010.")
+    with pytest.raises(UsageError, match=r"^1 of 1 request is longer than the context of 2,048 tokens, "):
+        refuse_cuts(drawn(RequestMix(Fixed(3000), Fixed(10)), 2048, 1).cut, 1)

@@ -173,8 +173,9 @@ def _usage_message(error: CycloptsError) -> tuple[str, str]:
         option = (error.token.keyword or error.token.value).partition("=")[0]
         if option == "--model":
             return "The model is given without a flag.", f"Write: {command} MODEL"
-        known = [name for argument in error.argument_collection if argument.show for name in argument.names]
-        near = difflib.get_close_matches(option, known, n=1)
+        shown = (name for argument in error.argument_collection if argument.show for name in argument.names)
+        known = {name.lstrip("-"): name for name in shown}  # hyphens, which all share, make nothing similar
+        near = [known[name] for name in difflib.get_close_matches(option.lstrip("-"), known, n=1)]
         return f"Unknown option: {option}.", f"Did you mean {near[0]}?" if near else hint
     return str(error), hint
 

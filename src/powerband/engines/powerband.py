@@ -82,7 +82,8 @@ def _missing_kernels(profile: DeviceProfile, quantization: Quantization) -> str:
     if profile.kind == "cuda" and quantization != "none":
         return "powerband computes in 16 bits on GPUs so far"
     if profile.kind == "cpu" and quantization not in _CAPABILITIES.online_quantizations:
-        return f"powerband on a CPU knows {', '.join(_CAPABILITIES.online_quantizations)}"
+        online = ("16 bits" if name == "none" else name for name in _CAPABILITIES.online_quantizations)
+        return f"powerband on a CPU computes in {', '.join(online)}"
     return ""
 
 

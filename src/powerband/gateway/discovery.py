@@ -16,6 +16,7 @@ from powerband.engines.registry import ADAPTERS, find_by_owner
 from powerband.errors import EnvironmentFault
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
 from powerband.gateway.upstream.client import UpstreamClient
+from powerband.http_client.request import server_url
 from powerband.openai.fields import ListedModel, read_models
 
 logger = logging.getLogger(__name__)
@@ -30,11 +31,12 @@ async def discover(
 ) -> Routes:
     """Routes to these replicas, under the model names that they serve. Waits for replicas that are starting.
 
-    engine: what they run; None: detected from their responses, and logged.
+    urls: with or without scheme and /v1. engine: what they run; None: detected from their responses, and logged.
     Raises EnvironmentFault if a replica does not answer in time, and UsageError for an invalid URL.
     """
     deadline_s = time.monotonic() + patience_s
-    found = await asyncio.gather(*(_ask(upstream, url.rstrip("/"), engine, deadline_s) for url in dict.fromkeys(urls)))
+    addresses = dict.fromkeys(server_url(url, "replica") for url in urls)
+    found = await asyncio.gather(*(_ask(upstream, url, engine, deadline_s) for url in addresses))
     models: dict[str, list[ReplicaAddress]] = {}
     for replica in found:
         models.setdefault(replica.model, []).append(replica)
@@ -43,7 +45,7 @@ async def discover(
 
 async def _ask(upstream: UpstreamClient, url: str, engine: ServerName | None, deadline_s: float) -> ReplicaAddress:
     replica = ReplicaAddress(id=url.partition("://")[2], url=url, model="", engine=OPENAI.name)
-    problem = ""
+    problem, reported = "", ""
     while time.monotonic() < deadline_s:
         try:
             status, body = await upstream.fetch(replica, "/v1/models", _ASK_S)
@@ -52,8 +54,13 @@ async def _ask(upstream: UpstreamClient, url: str, engine: ServerName | None, de
             if models:
                 return await _identified(upstream, replica, models, engine)
             problem += " It lists no model." if status == 200 else ""
+            if status in (401, 403):
+                break
         except OSError as error:
             problem = f" {error}"
+        if problem != reported:
+            logger.info("waiting for the replica at %s:%s", url, problem)
+            reported = problem
         await asyncio.sleep(_PAUSE_S)
     raise EnvironmentFault(
         f"The replica at {url} did not report which models it serves.{problem}",

@@ -43,6 +43,9 @@ class ReplicaAddress:
         if not self.url.startswith(("http://", "https://")):
             hint = "Like http://127.0.0.1:8001."
             raise UsageError(f"replica {self.id[:MAX_NAME]} has url {shown(self.url)}.", hint=hint, param="url")
+        if self.url.rstrip("/").endswith("/v1"):
+            hint = "Leave out /v1: the paths of all APIs are put behind the URL."
+            raise UsageError(f"replica {self.id[:MAX_NAME]} has url {shown(self.url)}.", hint=hint, param="url")
         split_authority(self.url.partition("://")[2].partition("/")[0], 80)
         if not self.url.isascii() or not (self.url + self.api_key).isprintable() or not self.api_key.isascii():
             raise UsageError(f"replica {self.id}: url and api_key are printable ASCII.", param="url")

@@ -99,9 +99,11 @@ async def _serve(
     listening: asyncio.Task[None] | None = None
     ending = asyncio.create_task(signals.first.wait(), name="signal")
     try:
-        found = await find(gateway.upstream) if find is not None else routes or gateway.stored_routes()
+        found = routes or gateway.stored_routes() if find is None else await _until(ending, find(gateway.upstream))
         if found is not None:
             gateway.set_routes(found)
+        if ending.done():  # while it waited for a replica
+            return INTERRUPTED if signals.received == signal.SIGINT else 0
         listening = asyncio.create_task(server.serve([listener]), name="http")
         _tune_gc()
         _show(gateway, time.monotonic() - start_s, url_of(settings.host, listener), database)
@@ -119,6 +121,17 @@ async def _serve(
         if tracing is not None:
             await asyncio.to_thread(tracing.close)
     return INTERRUPTED if signals.received == signal.SIGINT else 0
+
+
+async def _until(ending: asyncio.Task[bool], work: Awaitable[Routes]) -> Routes | None:
+    """What the work finds; None if `ending` is done before."""
+    finding = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({finding, ending}, return_when=asyncio.FIRST_COMPLETED)
+        return finding.result() if finding.done() else None
+    finally:
+        finding.cancel()
+        await asyncio.gather(finding, return_exceptions=True)
 
 
 async def _drain(gateway: Gateway, signals: Signals) -> None:

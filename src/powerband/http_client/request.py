@@ -18,8 +18,10 @@ from dataclasses import dataclass
 
 import msgspec
 
+from powerband.errors import UsageError
 from powerband.http_client.connection import CollectedResponse, OutboundConnection, request_head
 from powerband.http_client.problems import connection_problem
+from powerband.web.authority import split_authority
 
 MAX_RESPONSE_BYTES = 64 << 20
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f]")  # in a request line
@@ -50,6 +52,27 @@ def split_url(url: str) -> urllib.parse.SplitResult:
     if parts.scheme not in _PORTS or not parts.hostname or parts.port == 0:  # .port: ValueError beyond 65535
         raise ValueError(f"invalid URL {url!r}: expected http://HOST[:PORT][/PATH] or https://…")
     return parts
+
+
+def server_url(text: str, param: str = "url") -> str:
+    """The base URL of an OpenAI-compatible server, however it was written: 'localhost:8000/v1' → 'http://localhost:8000'.
+
+    Raises UsageError.
+    """
+    whole = text if "://" in text else f"http://{text}"
+    try:
+        parts = split_url(whole)
+        is_address = not (parts.query or parts.fragment or "@" in parts.netloc)
+    except ValueError:
+        is_address = False
+    if not is_address:
+        hint = "Write it like http://localhost:8000."
+        raise UsageError(f"'{text}' is not a server address.", hint=hint, param=param)
+    split_authority(parts.netloc, 80)
+    path = parts.path.rstrip("/")
+    for known in ("/chat/completions", "/completions", "/v1"):
+        path = path.removesuffix(known)
+    return f"{parts.scheme}://{parts.netloc}{path}"
 
 
 async def request(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,8 @@ from powerband.bench.client.prompts import ONE_TOKEN_A_WORD, ConversationPrompts
 from powerband.bench.client.responses import error_text
 from powerband.engines.registry import find_by_owner
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.http_client.request import Response, split_url
+from powerband.http_client.request import Response
 from powerband.openai.fields import ListedModel, read_models
-from powerband.web.authority import split_authority
 
 _PROBE_TOKENS = (32, 288)
 _MIN_PROBED_LEN = 64  # tokens of context; what is shorter is not probed
@@ -29,23 +29,6 @@ class ServerInfo:
     kind: str  # the name of an engine in engines/; 'unknown'
     version: str
     max_model_len: int | None
-
-
-def parse_url(url: str) -> str:
-    """'localhost:8000/v1' → 'http://localhost:8000'. Raises UsageError."""
-    whole = url if "://" in url else f"http://{url}"
-    try:
-        parts = split_url(whole)
-        is_address = not (parts.query or parts.fragment or "@" in parts.netloc)
-    except ValueError:
-        is_address = False
-    if not is_address:
-        raise UsageError(f"'{url}' is not a server address.", hint="Write it like http://localhost:8000.", param="url")
-    split_authority(parts.netloc, 80)
-    path = parts.path.rstrip("/")
-    for known in ("/chat/completions", "/completions", "/v1"):
-        path = path.removesuffix(known)
-    return f"{parts.scheme}://{parts.netloc}{path}"
 
 
 async def find_server(target: ServerAddress, wait_s: float = 0.0) -> tuple[ServerAddress, ServerInfo]:
@@ -116,6 +99,17 @@ async def calibrate_prompt_words(target: ServerAddress) -> ServerAddress:
     return msgspec.structs.replace(target, words_per_token=1 / tokens_per_word, extra_prompt_tokens=extra)
 
 
+def parse_headers(texts: Iterable[str]) -> dict[str, str]:
+    """Of 'Name: value' each. Raises UsageError."""
+    headers = {}
+    for text in texts:
+        name, sign, value = text.partition(":")
+        if not sign or not name.strip() or any(mark in text for mark in "\r\n"):
+            raise UsageError(f"'{name}' is not a valid header.", hint="Write it like 'Name: value'.", param="header")
+        headers[name.strip()] = value.strip()
+    return headers
+
+
 def parse_endpoint(endpoint: str | None, backend: str | None = None) -> Endpoint:
     """Also a path, and what vLLM and GuideLLM call a backend. Raises UsageError for what is unknown or contradicts."""
     named, meant = _endpoint(endpoint, "endpoint"), _endpoint(backend, "backend")
@@ -175,7 +169,7 @@ async def _llamacpp_context(target: ServerAddress) -> int | None:
 
 def _silent(target: ServerAddress, why: str) -> EnvironmentFault:
     return EnvironmentFault(
-        f"{target.base}{target.path} did not answer a short request: {why}.",
+        f"{target.base}{target.path} did not answer a short request: {why.rstrip('.')}.",
         hint="Does it serve this endpoint (--endpoint chat or completions), and is it ready?",
         code="no_answer",
     )

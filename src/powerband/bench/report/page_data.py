@@ -177,7 +177,7 @@ def _failed_tile(samples: Sequence[Sample]) -> tuple[str, str, str]:
     """Of the whole run, by kind."""
     kinds = Counter(sample.outcome.value for sample in samples if sample.outcome is not Outcome.OK)
     by_kind = ", ".join(f"{count:,} {OUTCOMES[kind]}" for kind, count in kinds.most_common())
-    return "Failed", f"{kinds.total():,}", f"{by_kind or 'none'}, of {len(samples):,} requests"
+    return "Failed", f"{kinds.total():,}", f"{by_kind or 'none'}, of {count_text(len(samples), 'request')}"
 
 
 def _failures(point: Point, samples: Sequence[Sample]) -> list[dict[str, Any]]:

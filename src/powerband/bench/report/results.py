@@ -303,7 +303,8 @@ def _client(result: LoadResult, summary: Summary, ceiling_chunks_per_s: float | 
     fault = summary.client_fault
     limited = Counter(sample.error for sample in result.samples if sample.error in CLIENT_LIMITS)
     for limit, count in limited.most_common(1):
-        fault = f"{count} of {len(result.samples)} requests were not sent: {limit}"
+        verb = "was" if count == 1 else "were"
+        fault = f"{count} of {count_text(len(result.samples), 'request')} {verb} not sent: {limit}"
     if result.interrupted:
         in_flight = sum(sample.outcome is Outcome.ABORTED for sample in result.samples)
         fault = (

@@ -32,6 +32,7 @@ from powerband.errors import PowerbandError
 from powerband.gateway.accounts.keys import Key, KeyLimits
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ModelRoute
+from powerband.spec.quantities import count_text
 from powerband.web.errors import HttpError
 
 logger = logging.getLogger(__name__)
@@ -397,13 +398,15 @@ class Limits:
             message = f"The API key has {account.running} running requests, its maximum."
             raise LimitReached("concurrency_limit", message, retry_after_s=_SOON_S, hint="Wait until one ends.")
         for code, what, limit, minute, amount in (
-            ("requests_limit", "requests", limits.requests_per_min, account.requests, 1),
-            ("tokens_limit", "tokens", limits.tokens_per_min, account.tokens, tokens),
+            ("requests_limit", "request", limits.requests_per_min, account.requests, 1),
+            ("tokens_limit", "token", limits.tokens_per_min, account.tokens, tokens),
         ):
             if limit is not None and minute.total(now_s) + amount > limit:
                 wait_s = minute.wait_s(amount, limit, now_s)
                 used = minute.total(now_s)
-                message = f"The API key may use {limit} {what} per minute; {used} are used, {amount} requested."
+                message = (
+                    f"The API key may use {count_text(limit, what)} per minute; {used} are used, {amount} requested."
+                )
                 raise LimitReached(code, message, retry_after_s=wait_s, hint=f"Try again in {math.ceil(wait_s)} s.")
 
     def _check_uncounted(self, limits: KeyLimits, account: _Account, max_prompt: int) -> None:

@@ -33,8 +33,7 @@ def refuse_cuts(cut: LengthCut | None, num_requests: int) -> None:
     """For --strict-lengths. Raises UsageError where requests had to be cut."""
     if cut is not None:
         raise UsageError(
-            f"{cut.requests:,} of {num_requests:,} requests are longer than the context of {cut.max_model_len:,} "
-            f"tokens, the longest {cut.max_tokens:,}.",
+            f"{cut.text(num_requests)}, the longest {cut.max_tokens:,}.",
             hint="Ask for shorter ones (--prompt-tokens, --output-tokens, --turns), or leave out --strict-lengths.",
             param="strict_lengths",
         )

@@ -6,6 +6,8 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+from powerband.spec.quantities import count_text
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -48,6 +50,12 @@ class LengthCut:
     requests: int  # number of requests that were cut
     max_tokens: int  # of the longest of them before
 
+    def text(self, num_requests: int) -> str:
+        """'2 of 6 requests are longer than the context of 1,000 tokens'."""
+        verb = "is" if self.requests == 1 else "are"
+        whole = count_text(num_requests, "request")
+        return f"{self.requests:,} of {whole} {verb} longer than the context of {self.max_model_len:,} tokens"
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
@@ -67,10 +75,8 @@ class Schedule:
         """What was cut, in a sentence; '' for nothing."""
         if self.cut is None:
             return ""
-        return (
-            f"{self.cut.requests:,} of {self.num_requests:,} requests are longer than the context of "
-            f"{self.cut.max_model_len:,} tokens (up to {self.cut.max_tokens:,}) and are cut to fit it."
-        )
+        verb = "is" if self.cut.requests == 1 else "are"
+        return f"{self.cut.text(self.num_requests)} (up to {self.cut.max_tokens:,}) and {verb} cut to fit it."
 
     def digest(self) -> str:
         """SHA-256 over every time (to the nanosecond), length, key and text: equal digests are equal schedules."""
