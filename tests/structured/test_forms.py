@@ -68,10 +68,16 @@ def test_as_many_choices_as_the_limit_allows_are_taken(beginning: str) -> None:
 
 
 def test_grammars_are_lark_or_gbnf() -> None:
-    for text in ('start: "a" DIGIT+\nDIGIT: /[0-9]/', 'root ::= "a" digit+\ndigit ::= [0-9]'):
+    for text in (
+        'start: "a" DIGIT+\nDIGIT: /[0-9]/',
+        '?start: "a" digits\n?digits: DIGIT | digits DIGIT\nDIGIT: /[0-9]/',
+        'root ::= "a" digit+\ndigit ::= [0-9]',
+    ):
         made = grammar(grammar=text)
         assert accepts(made, "a12")
         assert not accepts(made, "a")
+    with pytest.raises(InvalidRequest, match="neither Lark nor GBNF"):
+        grammar(grammar='{"grammars": [{"json_schema": {"x-guidance": {"lenient": true}, "not": {}}}]}')
 
 
 CALL = {"begin": "<f=add>", "schema": {"type": "object", "properties": {"x": {"type": "integer"}}}, "end": "</f>"}
@@ -98,6 +104,7 @@ def test_text_is_free_until_a_trigger_and_constrained_after_it() -> None:
         (TAG, ["<n>12</n>"], ["<n>a</n>", "<n>1</n> "]),
         ({"type": "const_string", "value": "a b"}, ["a b"], ["a"]),
         ({"type": "regex", "pattern": "[a/]+"}, ["a/a"], ["b"]),
+        ({"type": "regex", "pattern": r"https?:\/\/\\/x"}, ["https://\\/x"], ["https:\\/\\/"]),
         ({"type": "any_text"}, ["", "x\ny"], []),
         ({"type": "or", "elements": [TAG, {"type": "const_string", "value": "no"}]}, ["no", "<n>1</n>"], ["n"]),
         ({"type": "sequence", "elements": [TAG, TAG]}, ["<n>1</n><n>2</n>"], ["<n>1</n>"]),

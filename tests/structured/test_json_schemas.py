@@ -161,6 +161,18 @@ def test_pydantics_pattern_for_decimals_is_enforced() -> None:
         assert accepts(made, json.dumps(text)) is bool(re.search(schema["pattern"], text)), text
 
 
+ZOD_EMAIL = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
+
+
+@pytest.mark.parametrize("pattern", [ZOD_EMAIL, ZOD_EMAIL.replace(r"\-\.", r"\-.").replace(r"9\-]*\.", r"9-]*\.")])
+def test_zods_pattern_for_emails_is_enforced(pattern: str) -> None:
+    made = grammar(json={"type": "string", "pattern": pattern})
+    locals_ = ("a", "a.b", "o'k", "o'", "a..b", ".a", "a.", "-", "a+b_c-d", "", "a.'b", "'.a")
+    domains = ("x.de", "x", "x.y.com", "-x.de", "x-.de", "x..de", "x.d")
+    texts = [f"{local}@{domain}" for local in locals_ for domain in domains]
+    assert {text for text in texts if accepts(made, json.dumps(text))} == set(filter(re.compile(pattern).search, texts))
+
+
 def test_what_asks_for_nothing_is_no_error() -> None:
     plain = {
         **{"title": "T", "description": "d", "default": 1, "examples": [1], "$comment": "c", "deprecated": True},
@@ -171,7 +183,12 @@ def test_what_asks_for_nothing_is_no_error() -> None:
             "then": False,
             "maxContains": 1,
         },
-        **{"format": "int32", "x-of-others": {"not": 1}, "contentEncoding": "base64"},
+        **{
+            "propertyNames": {"type": "string"},
+            "format": "int32",
+            "x-of-others": {"not": 1},
+            "contentEncoding": "base64",
+        },
     }
     assert accepts(grammar(json={**plain, "type": "integer"}), "1")
     assert accepts(grammar(json={"if": {"type": "string"}, "type": "integer"}), "1")

@@ -40,7 +40,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "not": (False,),
     "contains": (),
     "if": (),
-    "propertyNames": _ANY,
+    "propertyNames": (*_ANY, {"type": "string"}),  # what zod writes for a record
     "dependentRequired": ({},),
     "dependentSchemas": ({},),
     "dependencies": ({},),
@@ -63,8 +63,11 @@ _DATE = (
 )
 _TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 _PATTERNS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
-# What pydantic writes for Decimal, and the same without what regular expressions here do not have.
+# What pydantic writes for a Decimal and zod for an email, and the same without lookaheads.
+_EMAIL = r"^([A-Za-z0-9_'+\-]+\.)*[A-Za-z0-9_'+\-]*[A-Za-z0-9_+\-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
 _WITHOUT_LOOKAHEAD = {
+    r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$": _EMAIL,
+    r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9-]*\.)+[A-Za-z]{2,}$": _EMAIL,
     r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$": r"^[+-]?(\d+\.?\d*|\.\d+)$",
 }
 # Formats of JSON Schema that cannot be enforced. Others ("int32", "password") are not JSON Schema's, and describe.

@@ -47,6 +47,8 @@ def _escape(char: str, *, in_class: bool, is_negated: bool) -> str:
         return members if in_class else f"[{members}]"
     if kind in _IN_ALL:
         return f"[^{_IN_ALL[kind] if is_negated else _IN_ANY[kind]}]"
+    if char == "/":  # which grammars escape themselves
+        return char
     if char == "Z":  # Python's end of the text
         return "$"
     return "\\" + char

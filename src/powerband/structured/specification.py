@@ -146,6 +146,10 @@ def _choice_grammar(choices: list[str], place: str) -> str:  # noqa: ARG001 (one
 
 def _free_grammar(text: str, place: str) -> str:
     """Lark's syntax as it is, GBNF in Lark's."""
+    if text.lstrip().startswith("{"):  # the library's own JSON, which could switch off what is promised
+        raise _bad(place, "it is neither Lark nor GBNF")
+    if "::=" not in text:
+        return text
     try:
         made: str = any_to_lark(text)
     except Exception as error:  # the converter raises whatever Python raises

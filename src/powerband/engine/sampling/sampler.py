@@ -260,7 +260,7 @@ def _failure(peak: float) -> ErrorInfo:
     if peak == -math.inf:
         return ErrorInfo(
             "no_token_left",
-            "allowed_token_ids, bad_words, logit_bias and min_tokens together leave no token to sample.",
+            "allowed_token_ids, bad_words, logit_bias, min_tokens and the form of the answer leave no token to sample.",
             "Ask for less, or allow more tokens.",
             http_status=400,
         )
