@@ -1,8 +1,8 @@
 """What holds for all tests: Ctrl-C works in what they start, no example has a time limit, and they run in parts whose
 counts are added up.
 
-`--fast` leaves out what takes seconds; `--slow` runs just that. `--save-counts FILE` keeps how many tests passed, and
-`--add-counts FOLDER` counts those of earlier runs in the last line, which then speaks of all parts together.
+`--fast` leaves out what takes seconds; `--slow` runs just that. `--save-counts FILE` keeps how many tests passed;
+`--add-counts FOLDER` runs no test, and its last line counts those of all such files.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 TESTS = Path(__file__).parent
 SLOW_FILES = [TESTS / line for line in (TESTS / "slow_files.txt").read_text().splitlines() if not line.startswith("#")]
+PAGES_FILE = "docs/test_pages_run.py"
 SLOW_FOLDERS = {TESTS / "drills", TESTS / "benchmarks", TESTS / "kernels"}
 
 # A shell starts what it runs in the background with Ctrl-C ignored, and children inherit that: programs that the tests
@@ -35,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run only what --fast leaves out")
     parser.addoption("--fewer-cases", action="store_true", help="of kernels: see engine/cpu_kernels/conftest.py")
     parser.addoption("--save-counts", type=Path, metavar="FILE", help="write how many tests passed")
-    parser.addoption("--add-counts", type=Path, metavar="FOLDER", help="count tests of earlier runs, too")
+    parser.addoption("--add-counts", type=Path, metavar="FOLDER", help="run no test, and count those of earlier runs")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,6 +58,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     is_slow = {item: _is_slow(item.path) or item.get_closest_marker("slow") is not None for item in items}
+    if config.getoption("--add-counts"):
+        items.clear()
     if config.getoption("--fast"):
         items[:] = [item for item in items if not is_slow[item]]
     if config.getoption("--slow"):
@@ -62,10 +67,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = sorted((item for item in items if is_slow[item]), key=lambda item: place.get(item.path, len(place)))
 
 
+class FilesAndPages(LoadScopeScheduling):
+    """As `--dist loadfile`: a file's tests in one process, which share its fixtures. Each documented page, which shares
+    none, goes to whichever process is free.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return nodeid if file.endswith(PAGES_FILE) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    return FilesAndPages(config, log)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A package may have only fast tests, or only slow ones."""
-    is_part = session.config.getoption("--fast") or session.config.getoption("--slow")
-    if is_part and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+    may_be_none = any(map(session.config.getoption, ("--fast", "--slow", "--add-counts")))
+    if may_be_none and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         session.exitstatus = pytest.ExitCode.OK
 
 
@@ -77,7 +96,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if folder := config.getoption("--add-counts"):
         for path in sorted(folder.glob("*.json")):
             counts = {outcome: count for outcome, count in json.loads(path.read_text()).items() if count}
-            says = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-            terminalreporter.write_line(f"{path.stem}: {says}")
+            shown = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+            terminalreporter.write_line(f"{path.stem}: {shown}")
             for outcome, count in counts.items():
                 stats.setdefault(outcome, []).extend(SimpleNamespace(count_towards_summary=True) for _ in range(count))

@@ -134,3 +134,23 @@ def _weight_cache() -> str:
     files = weight_cache.kept_files()
     size = sum(path.stat().st_size for path in files)
     return f"{weight_cache.folder()}: {count_text(len(files), 'file')}, {readable(size)}"
+
+
+def words(key: str) -> str:
+    """A key of a report, as people read it."""
+    return key.removesuffix("_bytes_per_s").removesuffix("_bytes").replace("_", " ")
+
+
+def cell(key: str, value: Any) -> str:
+    """A value of a report, with its unit."""
+    if value is None:
+        return "not found"
+    if key.endswith("_bytes_per_s"):
+        return f"{value / 1e9:.1f} GB/s"
+    if key.endswith("_bytes"):
+        return readable(value)
+    if key == "gpus":
+        return ", ".join(f"{gpu['name']} ({readable(gpu['memory_bytes'])})" for gpu in value) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " ".join(value) or "none known" if isinstance(value, list) else str(value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,6 @@ from _pytest.mark import ParameterSet
 from markdown_commands import PAGES, blocks
 
 RUNNER = Path(__file__).with_name("run_page.py")
-RUNNING = [page for page in PAGES if any(not block.left_out for block in blocks(page))]
-# Those that deploy and those that measure take longest: each kind is a test file, so that processes share the work.
-DEPLOYING = [page for page in RUNNING if page.name in ("cli.md", "getting-started.md", "operating.md", "plan-file.md")]
-MEASURING = [page for page in RUNNING if page.name in ("benchmarking.md", "calibration.md", "quantization.md")]
-OTHERS = [page for page in RUNNING if page not in DEPLOYING + MEASURING]
 LIMIT_S = 900  # of a page, on a machine that is busy
 
 
@@ -25,15 +19,20 @@ def _has(page: Path, command: str) -> bool:
     return any(re.match(command, typed) for block in blocks(page) if not block.left_out for typed in block.commands)
 
 
-def cases(pages: Iterable[Path]) -> list[ParameterSet]:
-    """Of each: all commands on the machine that its reader has, and those that plan for it on the other one, too.
+def _num_commands(page: Path) -> int:
+    """That are typed."""
+    return sum(len(block.commands) for block in blocks(page) if not block.left_out)
 
-    Plans for other devices do not depend on it.
+
+def cases() -> list[ParameterSet]:
+    """Of each page: all commands on the machine that its reader has, and those that plan for it on the other one, too.
+
+    Plans for other devices do not depend on it. Pages with many commands come first.
     """
     fresh: tuple[str, list[str]] = ("fresh", [])
     calibrated = ("calibrated", ["--calibrated"])
     found = []
-    for page in pages:
+    for page in sorted(filter(_num_commands, PAGES), key=_num_commands, reverse=True):
         readers, other = (fresh, calibrated) if _has(page, r"powerband calibrate\b") else (calibrated, fresh)
         found.append(pytest.param(page, readers[1], id=f"{page.name}-{readers[0]}"))
         if _has(page, r"powerband plan\b(?!.*--devices)"):

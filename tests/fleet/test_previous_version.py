@@ -25,7 +25,7 @@ from fleet_for_tests import Life, Play, World
 
 from powerband.cli.main import main
 from powerband.cli.service.deploy import ServiceFlags, _policy
-from powerband.cli.service.gateway_flags import _gateway_arguments
+from powerband.cli.service.gateway_flags import gateway_arguments
 from powerband.fleet.control.controller_process import CONTROLLER_TAG
 from powerband.fleet.control.gateway_client import GatewayClient
 from powerband.fleet.control.instance_specs import gateway_revision, pool_revisions, release_revision
@@ -133,10 +133,10 @@ def test_a_new_name_of_an_option_restarts_no_gateway(arguments: tuple[str, ...])
 
 def test_deploy_takes_old_names_in_gateway_args_and_stores_the_new_ones(caplog: pytest.LogCaptureFixture) -> None:
     warn_renamed.cache_clear()
-    assert _gateway_arguments(" ".join(OLD_OPTIONS)) == NEW_OPTIONS
+    assert gateway_arguments(" ".join(OLD_OPTIONS)) == NEW_OPTIONS
     assert "--longest-wait-s is now called --max-queue-wait-s" in caplog.text
     caplog.clear()
-    assert _gateway_arguments(" ".join(NEW_OPTIONS)) == NEW_OPTIONS
+    assert gateway_arguments(" ".join(NEW_OPTIONS)) == NEW_OPTIONS
     assert not caplog.text
 
 

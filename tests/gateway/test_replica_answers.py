@@ -7,6 +7,7 @@ import contextlib
 import email.utils
 import itertools
 import json
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import openai
 import pytest
 from byte_replica import ByteReplica, Play, answer, byte_replica
-from gateways_for_tests import RunningGateway, running_gateway, text_of, until
+from gateways_for_tests import RunningGateway, asking, running_gateway, text_of, until
 
 CALM = ("--stream-idle-timeout-s=0.5", "--first-byte-timeout-s=0.5", "--request-timeout-s=20")
 CHAT = {"model": "public", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 40}
@@ -231,6 +232,25 @@ def test_replicas_count_tokens_in_turns(gateway: RunningGateway) -> None:
         for _ in range(6):
             assert gateway.post("/tokenize", {"model": "public", "prompt": "a"}).status_code == 200
         assert [len(one.posts) for one in replicas] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/messages/count_tokens"])
+def test_what_a_client_that_left_asked_for_is_not_counted_any_more(gateway: RunningGateway, path: str) -> None:
+    ended = threading.Event()
+
+    async def play(writer: asyncio.StreamWriter, _: dict[str, Any]) -> None:
+        try:
+            while True:  # until the gateway closes the connection
+                writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+        finally:
+            ended.set()
+
+    with serving(gateway, play) as (replica,):
+        with asking(gateway, path, {"model": "public", "prompt": "a"}):
+            until(lambda: replica.posts)
+        assert ended.wait(3), "the replica is asked on, for up to 30 s"
 
 
 # ---- refusals

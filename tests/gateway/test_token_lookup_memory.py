@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,11 +49,11 @@ def routes(budget: ResponseBudget) -> TokenCountRoutes:
     pool = SimpleNamespace(snapshot=lambda: SimpleNamespace(replicas=[SimpleNamespace(id="r", state="ready")]))
     served = SimpleNamespace(route=SimpleNamespace(name="m", replicas=[replica]), pool=pool)
 
-    async def read(request: Request) -> bytes:
-        return await read_body(request, 1 << 20)
+    async def read(request: Request, decode: Callable[[bytes], Any]) -> Any:
+        return decode(await read_body(request, 1 << 20))
 
     gateway: Any = SimpleNamespace(
-        read_body=read,
+        read=read,
         served=lambda _: served,
         upstream=Upstream(),
         response_budget=budget,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -14,9 +15,10 @@ from llguidance import LLMatcher
 from test_parsers import Found, parsed
 from transcripts import TOOLS, TRANSCRIPTS, Transcript
 
+from powerband.core.structured_outputs import MAX_SPECIFICATION_BYTES, StructuredOutputsParams
 from powerband.errors import InvalidRequest
 from powerband.openai.tools import AllowedTools, NamedTool, Tool
-from powerband.output_parsers.answer_grammar import with_enforced_schemas
+from powerband.output_parsers.answer_grammar import answer_grammar, with_enforced_schemas
 from powerband.output_parsers.formats import TOOL_FORMATS, OutputFormat
 from powerband.output_parsers.tool_use import ToolUse, tool_use
 
@@ -211,6 +213,66 @@ def test_reasoning_is_free_before_calls_and_answers(prompt: str) -> None:
     assert not allows(both, thought + "no")
     schema = LLMatcher.grammar_from_json_schema('{"type": "object", "required": ["a"]}')
     assert allows(format.grammar(prompt, None, TOKENIZER.token_to_id, schema), thought + '{"a":1}')
+
+
+def test_no_reasoning_begins_where_the_prompt_has_ended_it() -> None:
+    format, call = (
+        OutputFormat("hermes", "qwen3"),
+        '<tool_call>\n{"name": "tool_2", "arguments": {"s": "x"}}\n</tool_call>',
+    )
+    made = grammar(format, use_of(SCHEMAS, "required"), "assistant\n<think>\n\n</think>\n\n")
+    assert allows(made, call)
+    assert not allows(made, f"<think>\nI wonder.\n</think>\n\n{call}")
+
+
+TREE = {
+    "type": "object",
+    "$id": "https://example.com/tree",
+    "properties": {
+        "name": {"type": "string"},
+        "parts": {"type": "array", "items": {"$ref": "#"}},
+        "size": {"$ref": "#/$defs/size"},
+        "other": {"$ref": "#/properties/size"},
+    },
+    "$defs": {"size": {"type": "integer", "maximum": 9}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+CALLS_WITH_TREES = {
+    "qwen3_coder": "<tool_call>\n<function=tool_0>\n<parameter=name>\na\n</parameter>\n"
+    "<parameter=parts>\n%s\n</parameter>\n<parameter=size>\n1\n</parameter>\n</function>\n</tool_call>",
+    "pythonic": '[tool_0(name="a", parts=%s, size=1)]',
+    "hermes": '<tool_call>\n{"name": "tool_0", "arguments": {"name": "a", "parts": %s, "size": 1}}\n</tool_call>',
+}
+
+
+@pytest.mark.parametrize("name", CALLS_WITH_TREES)
+def test_references_in_arguments_mean_what_they_mean_in_the_whole_schema(name: str) -> None:
+    made, text = grammar(OutputFormat(name), use_of([TREE], "required")), CALLS_WITH_TREES[name]
+    assert allows(made, text % '[{"name": "b", "parts": [{"name": "c", "other": 9}]}]')
+    assert not allows(made, text % '[[{"name": "b"}]]')
+    assert not allows(made, text % '[{"name": "b", "other": 10}]')
+    assert not allows(made, text % '[{"parts": []}]')
+
+
+@pytest.mark.parametrize("name", sorted(TOOL_FORMATS))
+def test_schemas_that_are_too_large_are_left_out_unless_strict(name: str) -> None:
+    refers = {"type": "object", "properties": {f"p{i}": {"$ref": "#/$defs/d"} for i in range(2000)}, "$defs": {"d": {}}}
+    wide = {"type": "object", "properties": {f"p{i}": {"enum": ["x" * 100]} for i in range(3000)}}
+    use = use_of([refers, wide])
+    assert use.rules is not None
+    compiled: list[str] = []
+
+    def compile_form(form: StructuredOutputsParams, _places: dict[str, str]) -> str:
+        compiled.append(form.grammar or "")
+        return "grammar"
+
+    assert answer_grammar(OutputFormat(name), "", use.rules, "", TOKENIZER.token_to_id, compile_form) == "grammar"
+    assert [len(text) < MAX_SPECIFICATION_BYTES for text in compiled] == [True]
+    strict = replace(use.rules, tools=[replace(tool, strict=True) for tool in use.rules.tools])
+    with pytest.raises(InvalidRequest, match="together") as caught:
+        answer_grammar(OutputFormat(name), "", strict, "", TOKENIZER.token_to_id, compile_form)
+    assert (caught.value.param, caught.value.code) == ("tools", "grammar_limit")
 
 
 def test_a_schema_that_cannot_be_enforced_is_refused_for_strict_tools_only() -> None:

@@ -17,7 +17,7 @@ from transcripts import TOOLS, TRANSCRIPTS, Transcript
 from powerband.openai.tools import Tool
 from powerband.output_parsers.events import CallArguments, CallEnd, CallStart, Content, Event, Reasoning
 from powerband.output_parsers.formats import REASONING_FORMATS, TOOL_FORMATS, OutputFormat
-from powerband.output_parsers.output_parser import OutputParser
+from powerband.output_parsers.output_parser import MAX_CALLS, MAX_EQUAL_CALLS, OutputParser
 from powerband.output_parsers.tool_use import tool_use
 
 USE = tool_use(msgspec.convert(TOOLS, list[Tool]), None, None)
@@ -108,6 +108,13 @@ def test_nothing_is_held_back_longer_than_a_tag_may_last(case: Transcript) -> No
     assert after - before >= 900 or case.format in ("qwen3_coder", "pythonic", "gemma3", "openai")
 
 
+def test_what_stands_between_two_tags_of_mistral_is_no_name() -> None:
+    case = Transcript("mistral", '[TOOL_CALLS]Wait.[TOOL_CALLS][{"name": "now", "arguments": {}}]')
+    whole = parsed(parser(case), [case.text])
+    assert [name for name, _ in whole.calls] == ["now"]
+    assert parsed(parser(case), case.text) == whole
+
+
 TEXTS = st.lists(
     st.one_of(
         st.sampled_from(TAGS),
@@ -159,3 +166,15 @@ def test_time_is_in_proportion_to_the_length(name: str, unit: str) -> None:
         return time.process_time() - start_s
 
     assert min(cpu_s(8000) for _ in range(2)) < 40 * max(min(cpu_s(500) for _ in range(3)), 2e-3)
+
+
+@pytest.mark.parametrize(("names", "num_calls"), [(["now"], MAX_EQUAL_CALLS), (["now", "other"], MAX_CALLS)])
+def test_an_output_without_end_is_complete_at_some_call(names: list[str], num_calls: int) -> None:
+    parser = OutputFormat("hermes").parser("", USE)
+    assert parser is not None
+    found, count = Found(), 0
+    while not parser.is_complete:
+        name = names[count % len(names)]
+        found.add(parser.feed(f'<tool_call>{{"name": "{name}", "arguments": {{}}}}</tool_call>'))
+        count += 1
+    assert (count, len(found.calls)) == (num_calls, num_calls)

@@ -11,6 +11,7 @@ import openai
 import pytest
 from servers_for_tests import RunningServer, running_server
 
+from powerband.output_parsers.output_parser import MAX_EQUAL_CALLS
 from text.templates import CHATML, QWEN3
 
 TOOLS = [
@@ -170,10 +171,9 @@ def test_an_output_that_is_cut_has_no_half_of_a_call(server: RunningServer) -> N
 
 
 def test_stop_strings_and_logprobs_work_beside_calls(server: RunningServer) -> None:
-    [choice] = answer(server, LONG, tools=TOOLS, stop=["Berlin"])["choices"]
-    [call] = choice["message"]["tool_calls"]
-    assert call["function"]["arguments"] == '{"city": "'
-    assert (choice["finish_reason"], choice["stop_reason"]) == ("tool_calls", "Berlin")
+    [choice] = answer(server, LONG, tools=TOOLS, stop=["wait"])["choices"]
+    assert choice["message"]["content"] == "I look, <b>"
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "wait")
     reply = answer(server, LONG, tools=TOOLS, logprobs=True, top_logprobs=1)
     assert len(reply["choices"][0]["logprobs"]["content"]) == reply["usage"]["completion_tokens"]
     streamed = chunks(server, LONG, tools=TOOLS, logprobs=True)
@@ -184,6 +184,35 @@ def test_stop_strings_and_logprobs_work_beside_calls(server: RunningServer) -> N
         for row in (choice["logprobs"] or {"content": []})["content"]
     ]
     assert len(rows) == reply["usage"]["completion_tokens"]
+
+
+@pytest.mark.parametrize("stop", ["Berlin", '"', "\n{", "city", "}}", "name"])
+def test_a_stop_string_inside_a_call_does_not_end_it(server: RunningServer, stop: str) -> None:
+    text = f"I look.\n{BERLIN}\nThat was all, Berlin."
+    reply = answer(server, text, tools=TOOLS, stop=[stop])
+    assert reply["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Berlin"}'
+    assert reply["choices"][0]["stop_reason"] == ("Berlin" if stop == "Berlin" else None)  # after the call it does
+    streamed = accumulated(chunks(server, text, tools=TOOLS, stop=[stop]))
+    assert [call["arguments"] for call in streamed["tool_calls"]] == ['{"city": "Berlin"}']
+
+
+def test_an_answer_with_one_call_at_most_ends_with_it(server: RunningServer) -> None:
+    reply = answer(server, f"{BERLIN}\n{NOW}\nand more", tools=TOOLS, parallel_tool_calls=False, return_token_ids=True)
+    [choice] = reply["choices"]
+    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["get_weather"]
+    assert (choice["finish_reason"], choice["stop_reason"], choice["message"]["content"]) == ("tool_calls", None, None)
+    again = answer(server, BERLIN, tools=TOOLS, return_token_ids=True)["choices"][0]["token_ids"]
+    assert len(choice["token_ids"]) <= len(again)
+    resumed = server.post(
+        CHAT, messages=says(BERLIN), tools=TOOLS, parallel_tool_calls=False, resume_token_ids=again[:-1]
+    )
+    assert resumed.json()["error"]["code"] == "output_complete"
+
+
+def test_a_model_that_makes_one_call_over_and_over_is_ended(server: RunningServer) -> None:
+    [choice] = answer(server, "\n".join([BERLIN] * 20), tools=TOOLS)["choices"]
+    assert len(choice["message"]["tool_calls"]) == MAX_EQUAL_CALLS
+    assert choice["finish_reason"] == "tool_calls"
 
 
 def test_reasoning_is_counted_and_can_be_left_out(server: RunningServer) -> None:
@@ -221,6 +250,33 @@ def test_an_effort_of_none_turns_reasoning_off_where_the_template_can(server: Ru
     assert prompt_tokens(reasoning_effort="none") == prompt_tokens(reasoning_effort="minimal") == off
     assert prompt_tokens(reasoning_effort="high") == prompt_tokens()
     assert prompt_tokens(reasoning_effort="high", chat_template_kwargs={"enable_thinking": False}) == off
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"enable_thinking": False},
+        {"thinking": {"type": "disabled"}},
+        {"reasoning": {"effort": "none"}},
+        {"reasoning": {"enabled": False}},
+        {"think": False},
+    ],
+)
+def test_reasoning_is_turned_off_as_other_servers_have_it(server: RunningServer, fields: dict[str, Any]) -> None:
+    num_plain = answer(server, "yes")["usage"]["prompt_tokens"]
+    assert answer(server, "yes", reasoning_effort="none")["usage"]["prompt_tokens"] > num_plain
+    assert answer(server, "yes", **fields)["usage"]["prompt_tokens"] > num_plain
+    assert answer(server, "yes", reasoning_effort="low", **fields)["usage"]["prompt_tokens"] == num_plain
+    assert answer(server, "yes", chat_template_kwargs={"enable_thinking": True}, **fields)["usage"][
+        "prompt_tokens"
+    ] == (num_plain)
+
+
+def test_reasoning_is_bounded_and_left_out_as_other_servers_have_it(server: RunningServer) -> None:
+    text = "<think>\na b c d e f g\n</think>\n\nyes"
+    bounded = answer(server, text, thinking={"type": "enabled", "budget_tokens": 2})
+    assert bounded["usage"]["completion_tokens_details"]["reasoning_tokens"] == 2
+    assert "reasoning" not in answer(server, text, reasoning={"exclude": True})["choices"][0]["message"]
 
 
 def test_tools_that_may_not_be_called_are_not_in_the_prompt(server: RunningServer) -> None:

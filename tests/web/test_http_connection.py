@@ -9,11 +9,11 @@ from typing import Any
 
 import h11
 import pytest
-from connections_for_tests import Recorder, answer, connect, ends, exchange, request, run, serving, until
+from connections_for_tests import PATIENCE_S, Recorder, answer, connect, ends, exchange, request, run, serving, until
 from starlette.types import Receive, Scope, Send
 
 from powerband.web.body_budget import BODIES_AT_ONCE, SMALL_BYTES, BodyBudget
-from powerband.web.client_connection import client_connection
+from powerband.web.client_connection import ClientDisconnected, client_connection, while_connected
 from powerband.web.errors import HttpError
 from powerband.web.http1 import connection
 from powerband.web.http1.framing import MAX_CHUNKS_AT_ONCE, ChunkedFraming
@@ -94,6 +94,29 @@ def test_a_client_that_leaves_is_noticed_by_who_asks_for_nothing_more(size: int)
                 before = left
                 writer.close()
                 await until(lambda before=before: left == before + 1)  # type: ignore[misc]
+
+    run(scenario)
+
+
+def test_what_runs_while_its_client_is_connected_ends_with_the_connection() -> None:
+    outcomes: list[str] = []
+
+    async def working(scope: Scope, receive: Receive, _: Send) -> None:
+        await receive()
+        try:
+            with while_connected(scope):
+                outcomes.append("begun")
+                await asyncio.sleep(PATIENCE_S)
+        except ClientDisconnected:
+            outcomes.append("left")
+
+    async def scenario() -> None:
+        async with serving(working) as port:
+            _, writer = await connect(port)
+            writer.write(request("/"))
+            await until(lambda: outcomes == ["begun"])
+            writer.transport.abort()
+            await until(lambda: outcomes == ["begun", "left"])
 
     run(scenario)
 
@@ -480,6 +503,24 @@ def test_what_is_not_kept_of_a_body_makes_room_and_belongs_to_its_key() -> None:
     for one in (*bodies, large):
         budget.release(one)
     assert budget.held_bytes == 0
+
+
+def test_what_is_kept_in_the_place_of_a_body_counts_with_its_own_size() -> None:
+    """As a conversation that is found by the id of its last response."""
+    budget = BodyBudget(8 * SMALL_BYTES)
+    body, others = Body(), [Body() for _ in range(3)]
+    budget.add(body, 100, "127.0.0.1")
+    budget.complete(body)
+    budget.keep(body, 3 * SMALL_BYTES, "key")
+    assert budget.held_bytes == 3 * SMALL_BYTES
+    for one in others:
+        budget.add(one, 100, "127.0.0.1")
+        budget.complete(one)
+    with pytest.raises(HttpError, match="those of one client"):
+        budget.keep(others[0], 3 * SMALL_BYTES, "key")
+    budget.keep(others[1], 4 * SMALL_BYTES, "second")
+    with pytest.raises(HttpError, match="all requests together"):
+        budget.keep(others[2], 2 * SMALL_BYTES, "third")
 
 
 def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

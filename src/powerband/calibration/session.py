@@ -56,6 +56,17 @@ class Calibration:
             rows.append({"what": what, "steps": self.model.steps, "error": asdict(self.model.errors)})
         return rows
 
+    def table(self) -> list[list[str]]:
+        """The rows for people, with headings."""
+        table = [["measured", "steps", "GB/s", "GFLOP/s", "error: median", "P90", "bias"]]
+        for row in self.rows():
+            rates = [f"{row[name] / 1e9:.1f}" if name in row else "" for name in ("bytes_per_s", "flops_per_s")]
+            errors = [
+                f"{row['error'][name]:+.1%}".lstrip("+" if name != "bias" else "") for name in ("median", "p90", "bias")
+            ]
+            table.append([row["what"], str(row["steps"]), *rates, *errors])
+        return table
+
 
 def calibrate_machine(
     engine: EngineSettings, device: str, seconds: float, path: Path, report: ReportProgress, *, has_model: bool

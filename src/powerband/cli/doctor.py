@@ -13,14 +13,15 @@ from cyclopts import Parameter
 
 from powerband.cli.flags import Json
 from powerband.cli.tables import print_table
-from powerband.cost.sizing import readable
 from powerband.diagnostics import (
     Problem,
+    cell,
     compute_report,
     machine_report,
     missing_calibration,
     missing_packages,
     package_versions,
+    words,
 )
 from powerband.engine.kernels.cpu import library
 
@@ -65,25 +66,7 @@ def _print(report: dict[str, Any], findings: list[Problem]) -> None:
     for title in ("machine", "compute", "versions"):
         if title in report:
             print(title)
-            print_table([("  " + _words(key), _cell(key, value)) for key, value in report[title].items()])
+            print_table([("  " + words(key), cell(key, value)) for key, value in report[title].items()])
     print("findings" if findings else "findings: none, this machine is ready")
     for finding in findings:
         print(f"  {finding.problem}\n    {finding.remedy}")
-
-
-def _words(key: str) -> str:
-    return key.removesuffix("_bytes_per_s").removesuffix("_bytes").replace("_", " ")
-
-
-def _cell(key: str, value: Any) -> str:
-    if value is None:
-        return "not found"
-    if key.endswith("_bytes_per_s"):
-        return f"{value / 1e9:.1f} GB/s"
-    if key.endswith("_bytes"):
-        return readable(value)
-    if key == "gpus":
-        return ", ".join(f"{gpu['name']} ({readable(gpu['memory_bytes'])})" for gpu in value) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return " ".join(value) or "none known" if isinstance(value, list) else str(value)

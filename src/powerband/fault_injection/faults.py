@@ -88,6 +88,19 @@ class FaultResult:
             return None
         return self.during.median_s / self.before.median_s
 
+    def rows(self) -> list[list[str]]:
+        """As a table of two columns."""
+        answers = ", ".join(f"{count:,} × {answer}" for answer, count in sorted(self.answers.items()))
+        rows = [
+            ["fault", f"{self.kind}, {self.seconds:.1f} s"],
+            ["sent", f"{self.sent:,}, {self.bytes_sent / 1e6:,.1f} MB"],
+            ["answers", answers or "none"],
+        ]
+        for name, probes in (("before", self.before), ("during", self.during), ("after", self.after)):
+            times = "no answer" if probes.median_s is None else f"{1000 * probes.median_s:.1f} ms at the median"
+            rows.append([f"others {name}", f"{probes.sent - probes.failed} of {probes.sent} answered, {times}"])
+        return rows
+
 
 async def run_fault(
     kind: str,

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -20,7 +21,6 @@ from powerband.files import make_private_folder, set_aside, write_atomically
 from powerband.gateway.accounts.keys import Key
 from powerband.gateway.dispatch.health import Prober
 from powerband.gateway.dispatch.pool import Pool
-from powerband.gateway.dispatch.turns import FairTurns
 from powerband.gateway.observability.recent_requests import RecentRequests
 from powerband.gateway.request import CompletedRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
@@ -34,8 +34,11 @@ from powerband.gateway.upstream.context_lengths import ContextLengths
 from powerband.gateway.upstream.token_estimates import TokenEstimates
 from powerband.web.body import read_body
 from powerband.web.errors import HttpError
+from powerband.web.turns import Decoding, FairTurns
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _STORE_RETRY_S = 5.0
 _STEPS_OF_A_TURN = 8  # of requests, in a turn of the event loop: each takes some 0.5 ms
@@ -92,6 +95,7 @@ class Gateway:
         self.response_budget = ResponseBudget()
         self.response_scanner = ResponseScanner()
         self.turns = FairTurns(_STEPS_OF_A_TURN)
+        self._decoding = Decoding(self.turns)
         self.recent = RecentRequests()
         self.routes = Routes()
         self.draining = False
@@ -117,6 +121,7 @@ class Gateway:
             served.probing.cancel()
         await asyncio.gather(*(served.probing for served in self._served.values()), return_exceptions=True)
         await self.upstream.close()
+        self._decoding.close()
 
     # ---- routes
 
@@ -236,11 +241,17 @@ class Gateway:
 
     # ---- requests
 
+    async def read(self, request: Request, decode: Callable[[bytes], T]) -> T:
+        """What `decode` makes of the body. Raises HttpError, and what `decode` raises."""
+        return await self.decode(request, await self.read_body(request), decode)
+
     async def read_body(self, request: Request) -> bytes:
-        """The body of a request, once it is its turn to be processed. Raises HttpError."""
-        data = await read_body(request, self.settings.max_body_bytes)
-        await self.turns.turn(owner_of(request))
-        return data
+        """Raises HttpError."""
+        return await read_body(request, self.settings.max_body_bytes)
+
+    async def decode(self, request: Request, data: bytes, decode: Callable[[bytes], T]) -> T:
+        """What `decode` makes of the data, once it is its client's turn. Raises what `decode` raises."""
+        return await self._decoding.decode(owner_of(request), data, decode)
 
     def begin(self) -> None:
         """Count a new request until `end`. Raises HttpError while the gateway drains."""

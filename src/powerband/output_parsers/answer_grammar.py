@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
+
+import msgspec
 
 from powerband.core.structured_outputs import StructuredOutputsParams
 from powerband.errors import InvalidRequest
 from powerband.output_parsers.formats import OutputFormat
-from powerband.output_parsers.grammar import CallableTool, CallRules
+from powerband.output_parsers.grammar import CallableTool, CallRules, check_size
 from powerband.structured.finite import endless_place
 from powerband.structured.json_schema import SchemaReader
 
@@ -54,9 +57,17 @@ def answer_grammar(
 def with_enforced_schemas(rules: CallRules) -> CallRules:
     """A tool that is not strict and has a schema that cannot be enforced takes any object.
 
-    Raises InvalidRequest naming the place for a strict one.
+    Raises InvalidRequest naming the place for a strict one, and for schemas that are too large together.
     """
+    check_size(sum(_size(tool.schema) for tool in rules.tools))
     return replace(rules, tools=[_enforced(tool) for tool in rules.tools])
+
+
+def _size(schema: Any) -> int:
+    try:
+        return len(msgspec.json.encode(schema))
+    except RecursionError:  # which reading it refuses, with its place
+        return 0
 
 
 def _enforced(tool: CallableTool) -> CallableTool:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from powerband.output_parsers.grammar import Grammar, quoted
+from powerband.structured.json_schema import with_parts
 
-_DEFINITIONS = ("$defs", "definitions")
+_ROOT = "arguments"  # the definition that is the whole schema
 _UNDERSTOOD = frozenset(
-    (*_DEFINITIONS, "type", "properties", "required", "additionalProperties", "title", "description")
+    ("$defs", "definitions", "type", "properties", "required", "additionalProperties", "title", "description")
 ) | frozenset(("$schema", "$id", "$comment", "default", "examples", "strict"))
 
 
@@ -32,11 +33,12 @@ def in_order(
     argument: the form of one, from its name and schema. comma: what stands between two of them. prefix: of the names of
     rules. Takes rules in proportion to the number of properties.
     """
-    definitions = {name: schema[name] for name in _DEFINITIONS if name in schema}
+    root = _moved({name: value for name, value in schema.items() if name not in ("$id", "id")}, [])
+    definitions = {"$defs": {_ROOT: root}}
     required = set(schema.get("required", ()))
     names = list(schema.get("properties", {}))
     parts = [
-        grammar.add(f"{prefix}_{index}", argument(name, definitions | schema["properties"][name]))
+        grammar.add(f"{prefix}_{index}", argument(name, _alone(schema["properties"][name], definitions)))
         for index, name in enumerate(names)
     ]
     if not parts:
@@ -54,6 +56,25 @@ def in_order(
         if name in required:
             break
     return f"({_choice(first)}){'' if required else '?'}"
+
+
+def _alone(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    """A part of a schema as a schema of its own: what it refers to is in its definitions."""
+    references: list[str] = []
+    moved: dict[str, Any] = _moved(schema, references)
+    return {**moved, **definitions} if references else moved
+
+
+def _moved(schema: Any, references: list[str]) -> Any:
+    """The schema where the whole is the definition _ROOT; adds its references to `references`."""
+    if not isinstance(schema, dict):
+        return schema
+    moved = with_parts(schema, lambda part: _moved(part, references))
+    if isinstance(reference := schema.get("$ref"), str):
+        references.append(reference)
+        if reference == "#" or reference.startswith("#/"):
+            moved["$ref"] = f"#/$defs/{_ROOT}{reference[1:]}"
+    return moved
 
 
 def _choice(choices: Sequence[str]) -> str:

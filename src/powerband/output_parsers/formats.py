@@ -32,7 +32,7 @@ from powerband.output_parsers.families.pythonic import LLAMA_TAGS, PythonicParse
 from powerband.output_parsers.families.qwen3_coder import Qwen3CoderParser, qwen3_coder_grammar
 from powerband.output_parsers.families.think import ThinkParser
 from powerband.output_parsers.grammar import CallRules, Grammar, ThinkTags, form_of_answer
-from powerband.output_parsers.output_parser import OutputParser
+from powerband.output_parsers.output_parser import MAX_CALLS, OutputParser
 from powerband.output_parsers.text_parser import TextParser
 from powerband.output_parsers.tool_use import ToolUse
 
@@ -172,7 +172,7 @@ class OutputFormat:
     def parser(self, prompt: str, use: ToolUse | None, *, keeps_reasoning: bool = True) -> OutputParser | None:
         """For one output; None where all of it is text. prompt: its end, as text."""
         calls = use is not None and use.rules is not None and bool(self.tools)
-        max_calls = 1 if use is not None and use.rules is not None and not use.rules.parallel else None
+        max_calls = 1 if use is not None and use.rules is not None and not use.rules.parallel else MAX_CALLS
         if self.reasoning == "openai_gptoss" or (calls and self.tools == HARMONY):
             in_header = prompt.rstrip().endswith((f"{START}assistant", END))
             harmony = HarmonyParser(gives_calls=calls, starts_in_header=in_header)
@@ -187,7 +187,7 @@ class OutputFormat:
         return self._output_parser(reasoning, tools, max_calls, keeps_reasoning)
 
     def _output_parser(
-        self, reasoning: TextParser | None, tools: TextParser | None, max_calls: int | None, keeps_reasoning: bool
+        self, reasoning: TextParser | None, tools: TextParser | None, max_calls: int, keeps_reasoning: bool
     ) -> OutputParser:
         make_id = _short_id if self.tools and TOOL_FORMATS[self.tools].short_ids else _call_id
         return OutputParser(reasoning, tools, max_calls=max_calls, keeps_reasoning=keeps_reasoning, make_id=make_id)
@@ -199,9 +199,10 @@ class OutputFormat:
 
         answer: a grammar; "": any text. Raises ValueError for one that cannot be part of another.
         """
-        thinking = None
+        tags = thinking = None
         if self.reasoning and self.reasoning != "openai_gptoss":
             tags = REASONING_FORMATS[self.reasoning].tags
+        if tags and not prompt.rstrip().endswith(tags[1]):  # else there is none any more
             thinking = ThinkTags(*tags, starts_open=self.starts_in_reasoning(prompt))
         grammar = Grammar(token_id, thinking, form_of_answer(answer) if answer else "")
         if rules is not None:

@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from powerband.core.structured_outputs import MAX_SPECIFICATION_BYTES
+from powerband.errors import InvalidRequest
+
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 # JSON as chat templates write it, and models that were trained with them. No \\u: with it, an object could name a
 # property twice, in two spellings.
@@ -61,6 +64,7 @@ class Grammar:
     ) -> None:
         self._token_id = token_id
         self.answer = answer
+        self._num_chars = 0
         self._rules: dict[str, str] = {"TEXT": r"/(?s:.*)/", "WS": r"/[ \n]{1,4}/"}
         self.reasoning = self._reasoning(thinking) if thinking else ""
 
@@ -70,7 +74,9 @@ class Grammar:
         return _HEAD + "".join(f"{name}: {body}\n" for name, body in rules.items())
 
     def add(self, name: str, body: str) -> str:
-        """A rule, or a terminal if its name is in capitals. Returns its name."""
+        """A rule, or a terminal if its name is in capitals. Returns its name. Raises InvalidRequest for too many."""
+        self._num_chars += len(body)
+        check_size(self._num_chars)
         self._rules[name] = body
         return name
 
@@ -98,6 +104,18 @@ class Grammar:
         if thinking.starts_open:
             return self.add("reasoning", self.until(thinking.close_tag))
         return f"(WS? {self.tag(thinking.open_tag)} {self.until(thinking.close_tag)})?"
+
+
+def check_size(num_chars: int) -> None:
+    """Raise InvalidRequest if the tools' schemas are more than can be enforced."""
+    if num_chars > MAX_SPECIFICATION_BYTES:
+        raise InvalidRequest(
+            f"The schemas of 'tools' have more than {MAX_SPECIFICATION_BYTES} characters together, as JSON or as a "
+            "grammar, so that they cannot be enforced.",
+            hint="Send fewer or smaller ones, or leave 'strict' out.",
+            param="tools",
+            code="grammar_limit",
+        )
 
 
 def quoted(text: str) -> str:

@@ -7,11 +7,16 @@ from collections.abc import Callable, Iterable, Iterator
 from powerband.output_parsers.events import CallArguments, CallEnd, CallStart, Content, Event, Reasoning
 from powerband.output_parsers.text_parser import TextParser, past_space
 
+MAX_CALLS = 128  # of one message
+MAX_EQUAL_CALLS = 16  # one after the other
+
 
 class OutputParser:
     """Feeds text through the parsers of a family and puts the result in order.
 
     Blanks around calls and after the reasoning are not content. Of calls beyond `max_calls` nothing is given out.
+    `is_complete` says that there is to be no more of the output: it has all the calls that it may have, or a model that
+    has lost its way makes one call over and over.
     keeps_reasoning: False leaves the reasoning out. make_id: for calls without an id.
     """
 
@@ -20,7 +25,7 @@ class OutputParser:
         reasoning: TextParser | None = None,
         tools: TextParser | None = None,
         *,
-        max_calls: int | None = None,
+        max_calls: int = MAX_CALLS,
         keeps_reasoning: bool = True,
         make_id: Callable[[], str] = str,
     ) -> None:
@@ -33,8 +38,16 @@ class OutputParser:
         self._drops_blanks = False
         self._has_content = False
         self.num_calls = 0
+        self.is_complete = False
+        self._call: list[str] = []  # the last one's name and arguments
+        self._call_before: list[str] = []
+        self._num_equal = 1  # calls, one after the other
         self.num_reasoning_tokens = 0
         self._num_doubtful = 0  # that may belong to the tag
+
+    @property
+    def in_call(self) -> bool:
+        return self._tools is not None and self._tools.in_call
 
     @property
     def in_reasoning(self) -> bool:
@@ -89,11 +102,23 @@ class OutputParser:
                         yield event
                 case CallStart() | CallArguments() | CallEnd():
                     self._drops_blanks, self._has_content, self._blanks = True, False, ""
-                    if self._max_calls is None or event.index < self._max_calls:
-                        if isinstance(event, CallStart):
-                            self.num_calls += 1
-                            event.id = event.id or self._make_id()
+                    if event.index < self._max_calls:
+                        self._follow_call(event)
                         yield event
+
+    def _follow_call(self, event: CallStart | CallArguments | CallEnd) -> None:
+        if isinstance(event, CallStart):
+            self.num_calls += 1
+            event.id = event.id or self._make_id()
+            self._call = [event.name, ""]
+        elif isinstance(event, CallArguments):
+            self._call.append(event.text)
+        else:
+            name, *arguments = self._call
+            call = [name, "".join(arguments)]
+            self._num_equal = self._num_equal + 1 if call == self._call_before else 1
+            self._call_before = call
+            self.is_complete = self.num_calls >= self._max_calls or self._num_equal >= MAX_EQUAL_CALLS
 
     def _content(self, text: str) -> Iterator[Content]:
         if not self._has_content:

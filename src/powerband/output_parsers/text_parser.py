@@ -24,6 +24,12 @@ class TextParser:
         self._events: list[Event] = []
         self._state: Callable[[], bool] = self._start
         self.num_calls = 0
+        self._call_is_open = False
+
+    @property
+    def in_call(self) -> bool:
+        """Whether a call has begun and not ended: what comes is part of it."""
+        return self._call_is_open
 
     @property
     def in_reasoning(self) -> bool:
@@ -103,6 +109,7 @@ class TextParser:
     def _call_start(self, name: str, id: str = "") -> None:
         self._events.append(CallStart(self.num_calls, name, id))
         self.num_calls += 1
+        self._call_is_open = True
 
     def _arguments(self, text: str) -> None:
         if self._events and isinstance(last := self._events[-1], CallArguments):
@@ -112,6 +119,7 @@ class TextParser:
 
     def _call_end(self) -> None:
         self._events.append(CallEnd(self.num_calls - 1))
+        self._call_is_open = False
 
 
 def past_space(text: str, at: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
@@ -57,6 +59,7 @@ from powerband.server.routes.scores import ScoreRoutes
 from powerband.server.routes.tokens import TokenRoutes
 from powerband.web.access import allow_pages
 from powerband.web.anthropic import AnthropicErrorBody, AnthropicErrorsMiddleware
+from powerband.web.client_connection import while_connected
 from powerband.web.errors import json_response
 from powerband.web.middleware import RequestIdMiddleware
 from powerband.web.origins import parse_origins
@@ -100,18 +103,26 @@ def operations(replica: ServerState) -> list[Operation]:
 
 
 def _administering_adapters(adapters: AdapterRoutes) -> list[Operation]:
-    load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
     return [
-        Operation("POST", load, adapters.load, "Load a LoRA adapter", ModelCard, LoadAdapterRequest, None, _TAKEN),
         Operation(
             "POST",
-            unload,
+            "/v1/load_lora_adapter",
+            adapters.load,
+            "Load a LoRA adapter",
+            ModelCard,
+            LoadAdapterRequest,
+            errors=_TAKEN,
+            outlives_client=True,
+        ),
+        Operation(
+            "POST",
+            "/v1/unload_lora_adapter",
             adapters.unload,
             "Unload a LoRA adapter",
             UnloadedAdapter,
             UnloadAdapterRequest,
-            None,
-            _TAKEN,
+            errors=_TAKEN,
+            outlives_client=True,
         ),
     ]
 
@@ -218,6 +229,17 @@ def _pooling(replica: ServerState) -> list[Operation]:
     ]
 
 
+def _handler(operation: Operation) -> Callable[[Request], Awaitable[Response]]:
+    """The handler, which ends when its client leaves: prompts that wait to be encoded take memory and time."""
+
+    async def handle(request: Request) -> Response:
+        with while_connected(request.scope):
+            return await operation.handler(request)
+
+    ends = operation.body is not None and not operation.outlives_client
+    return handle if ends else operation.handler
+
+
 def make_app(replica: ServerState) -> ASGIApp:
     """The whole application. Raises UsageError when it would be open to the network unasked."""
     key = server_key(replica.settings)
@@ -227,7 +249,7 @@ def make_app(replica: ServerState) -> ASGIApp:
     async def openapi(_request: Request) -> Response:
         return json_response(description)
 
-    routes = [Route(operation.path, operation.handler, methods=[operation.method]) for operation in table]
+    routes = [Route(operation.path, _handler(operation), methods=[operation.method]) for operation in table]
     routes.append(Route("/openapi.json", openapi, methods=["GET"]))
     router = Router(routes, redirect_slashes=False)
     settings = replica.settings

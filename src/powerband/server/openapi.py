@@ -20,7 +20,10 @@ from powerband.server.protocol import PROMPT_SCHEMA, CompletionRequest
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One method of one path. `reply` None: plain text. `errors`: statuses in addition to those of every route."""
+    """One method of one path. `reply` None: plain text. `errors`: statuses in addition to those of every route.
+
+    `outlives_client`: it goes on when its client leaves.
+    """
 
     method: str
     path: str
@@ -31,6 +34,7 @@ class Operation:
     chunk: Any = None
     errors: tuple[int, ...] = ()
     error: Any = ErrorBody
+    outlives_client: bool = False
 
 
 def describe(operations: Sequence[Operation], *, needs_key: bool) -> dict[str, Any]:

@@ -29,9 +29,10 @@ from powerband.spec.settings import EngineSettings
 from powerband.structured.compiler import GrammarCompiler
 from powerband.text.chat_template import ChatTemplate
 from powerband.text.tokenizer import Tokenizer
-from powerband.web.body import read_json
+from powerband.web.body import decode, read_body
 from powerband.web.errors import HttpError
 from powerband.web.middleware import note_ignored_fields
+from powerband.web.turns import Decoding, FairTurns
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Body = TypeVar("Body")
 _TEXT_THREADS = 4
+_BODIES_OF_A_TURN = 8  # decoded in one turn of the event loop
 LARGE_TEXT_BYTES = 256 << 10
 HUGE_TEXT_BYTES = 1 << 20
 _MAX_LOGGED_FIELDS = 256
@@ -125,6 +127,7 @@ class ServerState:
         self._logged_fields: set[str] = set()  # ignored ones that the log has named
         self._idle = asyncio.Event()
         self._idle.set()
+        self._decoding = Decoding(FairTurns(_BODIES_OF_A_TURN))
         self._threads = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="text")
         self._large_texts = asyncio.Semaphore(_TEXT_THREADS // 2)
         self._huge_text = asyncio.Lock()
@@ -172,6 +175,7 @@ class ServerState:
         if self._model is not None and self._model.grammars is not None:
             self._model.grammars.close()
         self._threads.shutdown(wait=False)
+        self._decoding.close()
 
     @property
     def started(self) -> bool:
@@ -191,7 +195,9 @@ class ServerState:
         in the log once each.
         """
         amendment = amends(kind, self.name, ignores_unknown=self.settings.unknown_fields == "ignore")
-        body = await read_json(request, kind, self.settings.max_body_bytes, amendment)
+        data = await read_body(request, self.settings.max_body_bytes)
+        client = "" if request.client is None else request.client.host
+        body = await self._decoding.decode(client, data, lambda data: decode(data, kind, amendment))
         if amendment.ignored:
             note_ignored_fields(request.scope, amendment.ignored)
             new = [name for name in amendment.ignored if name not in self._logged_fields]

@@ -41,7 +41,7 @@ class Grammars:
 
     @property
     def tokens(self) -> LLTokenizer:
-        """Raises EnvironmentFault."""
+        """Raises InvalidRequest for a tokenizer with which there are no grammars."""
         with self._loading:
             if self._tokens is None:
                 self._tokens = self._load()
@@ -53,7 +53,7 @@ class Grammars:
             return grammar in self._kept
 
     def prepare(self, grammar: str) -> None:
-        """Compile it, unless that is done. Raises InvalidRequest, EnvironmentFault."""
+        """Compile it, unless that is done. Raises InvalidRequest."""
         if self.has(grammar):
             return
         compiled = compile_grammar(self.tokens, grammar)

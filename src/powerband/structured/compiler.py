@@ -13,6 +13,7 @@ import msgspec
 
 from powerband.core.structured_outputs import StructuredOutputsParams
 from powerband.errors import EnvironmentFault, InvalidRequest
+from powerband.structured.tokens import not_available
 from powerband.text.tokenizer import Tokenizer
 from powerband.worker_process import WorkerLimits, WorkerPool, WorkerProcess
 
@@ -34,10 +35,12 @@ class GrammarCompiler:
         self._pool = WorkerPool(self._started, limits, what="grammars", is_retried=False)
         self._kept: OrderedDict[bytes, dict[str, Any]] = OrderedDict()
         self._num_bytes = 0
+        self._refusal = ""  # of the tokenizer, which no worker can read
         self._lock = threading.Lock()
 
     def grammar(self, outputs: StructuredOutputsParams, places: Mapping[str, str] | None = None) -> str:
-        """The grammar of what a request asks for. Raises InvalidRequest naming the place, and EnvironmentFault.
+        """The grammar of what a request asks for. Raises InvalidRequest naming the place, or for a tokenizer with which
+        there are no grammars, and EnvironmentFault.
 
         Blocks until it is compiled, for a second at most. places: what errors call the fields of `outputs`.
         """
@@ -53,7 +56,7 @@ class GrammarCompiler:
             if answer is not None:
                 self._kept.move_to_end(key)
         if answer is None:
-            answer = self._pool.ask(request)
+            answer = self._ask(request)
             if answer.get("kind") != "limit":  # which a busy machine may be the cause of
                 self._keep(key, answer)
         if "grammar" in answer:
@@ -68,6 +71,15 @@ class GrammarCompiler:
             param=place,
             code="grammar_limit",
         )
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        if not self._refusal:
+            try:
+                return self._pool.ask(request)
+            except EnvironmentFault:
+                if not self._refusal:
+                    raise
+        raise not_available(self._refusal)
 
     def close(self) -> None:
         """End the workers."""
@@ -91,8 +103,10 @@ class GrammarCompiler:
         worker = WorkerProcess(_WORKER, first, self._limits)
         if "error" in worker.answer:
             worker.kill()
+            if worker.answer["kind"] == "refused":
+                self._refusal = worker.answer["error"]
             raise EnvironmentFault(
-                worker.answer["error"], hint="Ask without a form.", code="structured_outputs_not_available"
+                f"The tokenizer for grammars is not ready: {worker.answer['error']}.", hint="Try again in a moment."
             )
         return worker
 

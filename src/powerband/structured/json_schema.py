@@ -6,7 +6,7 @@ those of 2020-12; what asks for nothing (`uniqueItems: false`) is left out; what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from powerband.errors import InvalidRequest
@@ -252,6 +252,19 @@ def children(schema: Any) -> list[tuple[tuple[str, ...], Any]]:
         elif name in _SCHEMAS:
             found.append(((name,), value))
     return found
+
+
+def with_parts(schema: Mapping[str, Any], make: Callable[[Any], Any]) -> dict[str, Any]:
+    """A schema that was read, with what `make` gives for each schema directly in it."""
+    made: dict[str, Any] = dict(schema)
+    for name, value in schema.items():
+        if name in _LISTS:
+            made[name] = [make(item) for item in value]
+        elif name in _MAPS:
+            made[name] = {key: make(part) for key, part in value.items()}
+        elif name in _SCHEMAS:
+            made[name] = make(value)
+    return made
 
 
 def _is_object(schema: Mapping[str, Any]) -> bool:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import cast
 
 from starlette.types import Scope
 
 _EXTENSION = "powerband.line"
+
+
+class ClientDisconnected(Exception):
+    """The client closed its connection before the response."""
 
 
 class ClientConnection:
@@ -77,3 +82,35 @@ def set_client_connection(scope: Scope, line: ClientConnection) -> None:
 def client_connection(scope: Scope) -> ClientConnection:
     """The connection of a request that was received by Powerband's own HTTP server."""
     return cast(ClientConnection, scope["extensions"][_EXTENSION])
+
+
+def cancel_this_task() -> Callable[[], None]:
+    """A callback that cancels the current task, for when the client disconnects."""
+    task = asyncio.current_task()
+
+    def cancel() -> None:
+        if task is not None:
+            task.cancel()
+
+    return cancel
+
+
+@contextlib.contextmanager
+def while_connected(scope: Scope) -> Iterator[None]:
+    """Cancel the block when the client of this request closes its connection. Raises ClientDisconnected then.
+
+    A request that was received by another HTTP server is left alone.
+    """
+    connection = scope.get("extensions", {}).get(_EXTENSION)
+    if connection is None:
+        yield
+        return
+    connection.when_lost(cancel_this_task())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if connection.is_lost:
+            raise ClientDisconnected from None
+        raise
+    finally:
+        connection.when_lost(None)

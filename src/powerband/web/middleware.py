@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from powerband.errors import PowerbandError
+from powerband.web.client_connection import ClientDisconnected
 from powerband.web.errors import HttpError, error_response
 
 logger = logging.getLogger(__name__)
@@ -39,10 +40,6 @@ def pass_on_ignored_fields(scope: Scope, headers: Iterable[tuple[bytes, bytes]])
     for name, value in headers:
         if name == _IGNORED_HEADER:
             scope["state"][_IGNORED_STATE] = value[:_MAX_IGNORED_CHARS]
-
-
-class ClientDisconnected(Exception):
-    """The client closed its connection before the response."""
 
 
 class RequestIdMiddleware:

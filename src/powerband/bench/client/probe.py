@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,17 @@ async def calibrate_prompt_words(target: ServerAddress) -> ServerAddress:
         tokens_per_word = 1.0
     extra = max(math.ceil(short - lengths[0] * tokens_per_word), 0)
     return msgspec.structs.replace(target, words_per_token=1 / tokens_per_word, extra_prompt_tokens=extra)
+
+
+def parse_headers(texts: Iterable[str]) -> dict[str, str]:
+    """Of 'Name: value' each. Raises UsageError."""
+    headers = {}
+    for text in texts:
+        name, sign, value = text.partition(":")
+        if not sign or not name.strip() or any(mark in text for mark in "\r\n"):
+            raise UsageError(f"'{name}' is not a valid header.", hint="Write it like 'Name: value'.", param="header")
+        headers[name.strip()] = value.strip()
+    return headers
 
 
 def parse_endpoint(endpoint: str | None, backend: str | None = None) -> Endpoint:

@@ -7,6 +7,9 @@ times are rounded to microseconds.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -204,3 +207,24 @@ def _lines_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
 
 def _broken(path: Path, why: str) -> UsageError:
     return UsageError(f"{path} is broken: {why}.", hint="Measure again.", code="broken_run")
+
+
+@contextlib.contextmanager
+def results_folder(folder: Path) -> Iterator[None]:
+    """Make it before the load, not after it, and remove it if the run leaves nothing. Raises EnvironmentFault."""
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as problem:
+        why = "it is a file, not a folder" if folder.is_file() else problem.strerror
+        hint = "--out FOLDER names another place."
+        raise EnvironmentFault(f"Cannot write results to {folder}: {why}.", hint=hint, param="out") from None
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if is_new:
+                folder.rmdir()
+        raise

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json as json_format
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +18,7 @@ from powerband.cli.bench.other_tools import OtherToolsFlags, translated, url_of
 from powerband.cli.flags import Json
 from powerband.cli.load_options import ArrivalOptions
 from powerband.cli.tables import print_table
-from powerband.errors import EnvironmentFault, UsageError
+from powerband.errors import UsageError
 from powerband.spec.quantities import number, seconds
 from powerband.spec.workload.options import requested_load
 
@@ -158,7 +156,7 @@ def _run(
 
     from powerband.bench.report.html_report import write_report
     from powerband.bench.report.live import LiveView
-    from powerband.bench.report.result_files import run_as_dict, write_run
+    from powerband.bench.report.result_files import results_folder, run_as_dict, write_run
     from powerband.bench.report.results import without_secrets
     from powerband.bench.report.table import run_table
     from powerband.bench.session import BenchSession
@@ -168,7 +166,7 @@ def _run(
     folder = output.out or Path("bench-runs", datetime.now().strftime("%Y%m%d-%H%M%S"))
     view = LiveView(experiment.slo, label=experiment.workload.name)
     several = modes.sweep or modes.rates is not None or modes.find_rate
-    with _results_folder(folder), view:
+    with results_folder(folder), view:
         session = BenchSession(
             experiment,
             command=without_secrets(["powerband", *sys.argv[1:]]),
@@ -296,15 +294,10 @@ def _plan(path: Path, load: ArrivalOptions, requests: RequestOptions, judging: S
 def _target(url: str, requests: RequestOptions, flags: TargetFlags) -> ServerAddress:
     """Raises UsageError."""
     from powerband.bench.client.messages import ServerAddress
-    from powerband.bench.client.probe import parse_endpoint
+    from powerband.bench.client.probe import parse_endpoint, parse_headers
     from powerband.http_client.request import server_url
 
-    headers = {}
-    for text in flags.header or ():
-        name, sign, value = text.partition(":")
-        if not sign or not name.strip() or any(mark in text for mark in "\r\n"):
-            raise UsageError(f"'{name}' is not a valid header.", hint="Write it like 'Name: value'.", param="header")
-        headers[name.strip()] = value.strip()
+    headers = parse_headers(flags.header or ())
     key = flags.api_key or os.environ.get("POWERBAND_API_KEY") or os.environ.get("OPENAI_API_KEY")
     if key:
         headers.setdefault("Authorization", f"Bearer {key.strip()}")
@@ -413,39 +406,5 @@ def _fault(modes: BenchModeFlags, target: ServerAddress, load: ArrivalOptions, *
     if as_json:
         print(json_format.dumps(asdict(result), indent=1))
     else:
-        print_table(_fault_rows(result))
+        print_table(result.rows())
     return 0 if result.still_answers and not result.server_errors else MISSED
-
-
-def _fault_rows(result: FaultResult) -> list[list[str]]:
-    answers = ", ".join(f"{count:,} × {answer}" for answer, count in sorted(result.answers.items()))
-    rows = [
-        ["fault", f"{result.kind}, {result.seconds:.1f} s"],
-        ["sent", f"{result.sent:,}, {result.bytes_sent / 1e6:,.1f} MB"],
-        ["answers", answers or "none"],
-    ]
-    for name, probes in (("before", result.before), ("during", result.during), ("after", result.after)):
-        times = "no answer" if probes.median_s is None else f"{1000 * probes.median_s:.1f} ms at the median"
-        rows.append([f"others {name}", f"{probes.sent - probes.failed} of {probes.sent} answered, {times}"])
-    return rows
-
-
-@contextlib.contextmanager
-def _results_folder(folder: Path) -> Iterator[None]:
-    """Make it before the load, not after it, and remove it if the run leaves nothing. Raises EnvironmentFault."""
-    is_new = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as problem:
-        why = "it is a file, not a folder" if folder.is_file() else problem.strerror
-        hint = "--out FOLDER names another place."
-        raise EnvironmentFault(f"Cannot write results to {folder}: {why}.", hint=hint, param="out") from None
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            if is_new:
-                folder.rmdir()
-        raise

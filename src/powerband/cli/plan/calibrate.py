@@ -138,14 +138,7 @@ def _print(found: Calibration, path: Path, took_s: float, *, as_json: bool) -> N
     if as_json:
         print(json_format.dumps({"profile": str(path), "seconds": took_s, "measured": rows}, indent=1))
         return
-    table = [["measured", "steps", "GB/s", "GFLOP/s", "error: median", "P90", "bias"]]
-    for row in rows:
-        rates = [f"{row[name] / 1e9:.1f}" if name in row else "" for name in ("bytes_per_s", "flops_per_s")]
-        errors = [
-            f"{row['error'][name]:+.1%}".lstrip("+" if name != "bias" else "") for name in ("median", "p90", "bias")
-        ]
-        table.append([row["what"], str(row["steps"]), *rates, *errors])
-    print_table(table)
+    print_table(found.table())
     host = found.host
     if host is not None:
         print(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_format
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -17,8 +16,6 @@ from powerband.cli.flags import Json
 from powerband.cli.load_options import ArrivalOptions, MixOptions
 from powerband.cli.plan.inputs import read_model
 from powerband.errors import UsageError
-from powerband.spec.deployment import LOCAL
-from powerband.spec.hardware.what_if import chosen_devices
 from powerband.spec.quantities import count_text
 from powerband.spec.workload.fitting import refuse_cuts
 from powerband.spec.workload.options import RequestedLoad, has_requests, requested_load
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
     from powerband.bench.load import LoadResult
     from powerband.bench.report.results import RunReport
     from powerband.spec.deployment import Deployment
-    from powerband.spec.hardware.profile import DeviceProfile
     from powerband.spec.plan import Plan
 
 MISSED, NO_ANSWER = 1, 4
@@ -62,7 +58,7 @@ def simulate(
     Exits with 1 when the SLO is missed.
     """
     from powerband.bench.report.simulated import simulated_load, simulated_report
-    from powerband.planner.simulation.inputs import simulation_inputs
+    from powerband.planner.simulation.inputs import profile_finder, simulation_inputs
 
     load, requests, judging = load or ArrivalOptions(), requests or MixOptions(), judging or SLOFlags()
     known, deployment = _plan_with_deployment(plan, load)
@@ -70,8 +66,9 @@ def simulate(
     schedule = asked.workload.draw(load.seed, duration_s=asked.duration_s, num_requests=asked.num_requests)
     if requests.strict_lengths:
         refuse_cuts(schedule.cut, schedule.num_requests)
-    find = _profile_finder(deployment, devices, set or [])
-    made = simulation_inputs(read_model(known.model)[0], deployment, find)
+    find = profile_finder(deployment, devices, set or [])
+    constrained = asked.workload.constrains_answers
+    made = simulation_inputs(read_model(known.model)[0], deployment, find, constrained=constrained)
     print(f"· simulating {count_text(schedule.num_requests, 'request')}", file=sys.stderr)
     if schedule.cut_text:
         print(f"· {schedule.cut_text}", file=sys.stderr)
@@ -106,24 +103,6 @@ def _plan_with_deployment(path: Path, load: ArrivalOptions) -> tuple[Plan, Deplo
             param="plan",
         )
     return plan, plan.deployment
-
-
-def _profile_finder(deployment: Deployment, devices: str | None, changes: list[str]) -> Callable[[str], DeviceProfile]:
-    """From a device's name in the plan to what is known of it. Raises UsageError."""
-    named = list(dict.fromkeys(pool.replica.device for pool in deployment.pools))
-    if any(change.startswith("replica.") for change in changes):
-        raise UsageError("The plan describes its replicas.", hint="Change it in the plan's file.", param="set")
-    replicas = sum(pool.count for pool in deployment.pools if pool.replica.device == LOCAL) or None
-    chosen = chosen_devices(devices or ",".join(named), None, changes, replicas)
-    profiles = {profile.name: profile for profile in chosen}
-    missing = [name for name in named if name not in profiles]
-    if missing:
-        raise UsageError(
-            f"The plan's {missing[0]} is not among {', '.join(profiles)}.",
-            hint="--devices names all of a plan's devices.",
-            param="devices",
-        )
-    return profiles.__getitem__
 
 
 def _requested_load(plan: Plan, deployment: Deployment, load: ArrivalOptions, requests: MixOptions) -> RequestedLoad:

@@ -243,7 +243,8 @@ def _options(model: str, flags: ServiceFlags, proving: VerifyFlags) -> Deploymen
 
 def _gateway(flags: ServiceFlags, served_name: str, store: ServiceStore) -> tuple[GatewaySpec, str]:
     """The gateway, and the service that it belongs to if that is another one. Raises UsageError."""
-    from powerband.cli.service.gateway_flags import gateway_spec_from_flags, gateway_spec_of
+    from powerband.cli.service.gateway_flags import gateway_arguments
+    from powerband.fleet.service.gateway_choice import own_gateway, shared_gateway
 
     current = store.read_spec()
     joined = flags.gateway
@@ -251,7 +252,7 @@ def _gateway(flags: ServiceFlags, served_name: str, store: ServiceStore) -> tupl
         joined = current.gateway_service or None
     if joined is None:
         host = flags.host or "127.0.0.1"
-        return gateway_spec_from_flags(host, flags.port, flags.auth, flags.gateway_args, current), ""
+        return own_gateway(host, flags.port, flags.auth, gateway_arguments(flags.gateway_args), current), ""
     for name in ("host", "port", "auth", "gateway_args"):
         if getattr(flags, name):
             raise UsageError(
@@ -259,7 +260,7 @@ def _gateway(flags: ServiceFlags, served_name: str, store: ServiceStore) -> tupl
                 hint=f"Deploy {joined} with it.",
                 param=name,
             )
-    return gateway_spec_of(joined, served_name, store), joined
+    return shared_gateway(joined, served_name, store), joined
 
 
 def _policy(flags: ServiceFlags) -> Policy:

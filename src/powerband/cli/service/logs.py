@@ -5,15 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from powerband.cli.service.names import OldName
 from powerband.errors import UsageError
-
-if TYPE_CHECKING:
-    from powerband.fleet.service.store import ServiceStore
 
 _EVERY_S = 0.3
 
@@ -37,6 +34,7 @@ def logs(
     lines: Annotated[int, Parameter(name=("--lines", "-n"), help="Number of lines from the end of each log")] = 20,
 ) -> int:
     """Print the end of logs, including those of removed replicas."""
+    from powerband.fleet.service.logs import log_files, read_new
     from powerband.fleet.service.store import services, split_operands
     from powerband.fleet.targets.local import last_lines
 
@@ -45,41 +43,15 @@ def logs(
     process = rest[0] if rest else None
     if not 0 <= lines <= 1_000_000:
         raise UsageError(f"lines is {lines}; it must be between 0 and 1000000.", param="lines")
-    files = _files(folder, process)
+    files = log_files(folder, process)
     reached = {path: path.stat().st_size for path in files}
     for path in files:
         _print(path, last_lines(path, lines) if lines else "", labelled=len(files) > 1)
     while follow:
         time.sleep(_EVERY_S)
-        for path in _files(folder, process):
-            _print(path, _read_new(path, reached), labelled=process is None)
+        for path in log_files(folder, process):
+            _print(path, read_new(path, reached), labelled=process is None)
     return 0
-
-
-def _files(folder: ServiceStore, process: str | None) -> list[Path]:
-    """Raises UsageError, with the known names, for an unknown one."""
-    found = sorted(folder.logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
-    if process is None:
-        status = folder.read_status()
-        alive = {"controller", *(one.id for one in status.replicas)} if status is not None else set()
-        return [path for path in found if path.stem in alive or path.stem.startswith("gateway-")]
-    chosen = [path for path in found if path.stem == process]
-    if process == "gateway":  # every start of it has a log of its own
-        chosen = [path for path in found if path.stem.startswith("gateway-")][-1:]
-    if not chosen:
-        known = ", ".join(path.stem for path in found) or "none"
-        raise UsageError(f"There is no log of {process!r}.", hint=f"There are: {known}.", param="process")
-    return chosen
-
-
-def _read_new(path: Path, reached: dict[Path, int]) -> str:
-    """What was written since the last look, in whole lines."""
-    with path.open("rb") as file:
-        file.seek(reached.get(path, 0))
-        content = file.read()
-    end = content.rfind(b"\n") + 1
-    reached[path] = reached.get(path, 0) + end
-    return content[:end].decode(errors="replace").rstrip("\n")
 
 
 def _print(path: Path, text: str, *, labelled: bool) -> None:

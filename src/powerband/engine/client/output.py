@@ -40,8 +40,9 @@ class OutputProcessor:
     an output of fewer than min_tokens; token ids are complete in any case. Without a tokenizer all text is "".
     Unlike in vLLM, a stop string with a special token in it is found where special tokens are skipped, too.
 
-    parser: reads the text, too, and finds reasoning and tool calls. tags: texts that it looks for; special tokens among
-    them are part of the text.
+    parser: reads the text, too, and finds reasoning and tool calls. A stop string inside a call does not end the
+    output, or the call would not be whole; the parser ends it when there are to be no more calls. tags: texts that it
+    looks for; special tokens among them are part of the text.
     """
 
     def __init__(
@@ -76,11 +77,10 @@ class OutputProcessor:
             if self.parser is not None:
                 self.parser.feed_token(text)
             self.num_tokens += 1
-            if self._found:
+            if self._found or self._is_complete:
+                what = f"contain the stop string {self._found!r}" if self._found else "have all the calls there may be"
                 raise InvalidRequest(
-                    f"The tokens to be resumed contain the stop string {self._found!r}.",
-                    param="resume_token_ids",
-                    code=OUTPUT_COMPLETE,
+                    f"The tokens to be resumed {what}.", param="resume_token_ids", code=OUTPUT_COMPLETE
                 )
 
     def process(self, output: TokenOutput) -> OutputDelta:
@@ -99,8 +99,8 @@ class OutputProcessor:
                 if self.parser is not None:
                     delta.events += self.parser.feed_token(text)
             self.num_tokens += 1
-            if self._found:
-                return self._end_with_string(delta, output)
+            if self._found or self._is_complete:
+                return self._end_here(delta, output)
         if output.finish_reason is not None:
             self._end(delta, output)
         return delta
@@ -108,7 +108,7 @@ class OutputProcessor:
     def _text_of(self, id: int) -> str:
         if self._detokenizer is None:
             return ""
-        may_end = self.num_tokens >= self._params.min_tokens
+        may_end = self.num_tokens >= self._params.min_tokens and not (self.parser and self.parser.in_call)
         piece, held = self._detokenizer.append([id]), self._stop.held
         text = self._stop.feed(piece, may_end=may_end)
         if self._special_stop is None:
@@ -120,12 +120,17 @@ class OutputProcessor:
         """The stop string that ended the output."""
         return (self._special_stop.found if self._special_stop else "") or self._stop.found
 
-    def _end_with_string(self, delta: OutputDelta, output: TokenOutput) -> OutputDelta:
+    @property
+    def _is_complete(self) -> bool:
+        return self.parser is not None and self.parser.is_complete
+
+    def _end_here(self, delta: OutputDelta, output: TokenOutput) -> OutputDelta:
+        """With a stop string, or with the last call, before the engine ends it."""
         rest = self._found if self._params.include_stop_str_in_output else ""
         delta.text += rest
         delta.finish_reason = self.finish_reason = FinishReason.STOP
         self._finish_parser(delta, rest)
-        delta.stop_reason = self._found
+        delta.stop_reason = self._found or None
         delta.must_abort = output.finish_reason is None
         return delta
 

@@ -32,6 +32,10 @@ class OutputReader:
         parser = self.format.parser(self.prompt, self.use, keeps_reasoning=self.keeps_reasoning)
         return OutputProcessor(tokenizer, params, prompt_ids, parser, self.format.tags)
 
+    def parts(self, output: TokenOutput) -> list[TokenOutput]:
+        """An output as it is read: token by token, where each one may be the last of the budget."""
+        return [output] if self.budget is None else token_by_token(output)
+
     def end_of_reasoning(self, processor: OutputProcessor, tokenizer: Tokenizer | None) -> list[int]:
         """The tokens that end the reasoning, once its budget is spent; else none."""
         parser = processor.parser

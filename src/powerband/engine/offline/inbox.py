@@ -41,13 +41,14 @@ class RequestFeed:
 
     def __init__(self, groups: Sequence[PromptGroup], *, max_live: int, share_prompts: bool) -> None:
         self.live: dict[str, Item] = {}
-        self.num_left = sum(len(group.answers) for group in groups)
+        self.num_left = 0
         self._max_live = max_live
         self._is_full = False
         self._ready: deque[Item] = deque()
         self._held: dict[str, list[Item]] = {}
         for group in groups:
-            items = [(group, answer) for answer in group.answers]
+            items = [(group, answer) for answer in group.answers if not answer.finished]
+            self.num_left += len(items)
             self._ready += items[:1] if share_prompts else items
             if share_prompts:
                 self._held[group.id] = items[1:]
@@ -60,6 +61,11 @@ class RequestFeed:
             self.live[answer.request.id] = (group, answer)
             taken.append(answer)
         return taken
+
+    def continue_as(self, id: str, answer: Answer) -> None:
+        """Another request of the same answer takes the place of this one."""
+        group, _ = self.live.pop(id)
+        self.live[answer.request.id] = (group, answer)
 
     def refuse(self, ids: Sequence[str]) -> None:
         """The engine's queue was full: these start again once something has finished."""

@@ -25,7 +25,7 @@ from powerband.engine.offline.inbox import InterruptGuard, LocalInbox, RequestFe
 from powerband.engine.offline.pooling import EmbeddingRequestOutput, OfflinePooling, ScoringRequestOutput
 from powerband.engine.offline.progress import ProgressBar
 from powerband.engine.offline.prompts import Prompt, PromptReader, as_list, errors_naming, one_per_prompt
-from powerband.engine.offline.results import PromptGroup, RequestOutput
+from powerband.engine.offline.results import Answer, PromptGroup, RequestOutput
 from powerband.errors import EngineDead, InvalidRequest, UsageError
 from powerband.openai.tools import Tool, ToolChoice
 from powerband.output_parsers.formats import OutputFormat
@@ -134,15 +134,18 @@ class LLM:
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        thinking_token_budget: int | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of messages) or several. Otherwise as `generate`.
 
         tools, tool_choice, parallel_tool_calls: as in OpenAI's API. Outputs have `content`, `reasoning_content` and
-        `tool_calls`, read in the model's format; where that is not known, calls stay text.
+        `tool_calls`, read in the model's format; where that is not known, calls stay text. thinking_token_budget:
+        maximum tokens of reasoning, after which the text that ends it is added in the model's place; -1: no limit.
         """
         template = self._need_template()
         use = _tools(tools, tool_choice, parallel_tool_calls)
         format = OutputFormat.of(template.source, self.settings.tool_call_parser, self.settings.reasoning_parser)
+        budget = _budget(thinking_token_budget, format)
         prompts: list[Prompt] = []
         readers: list[OutputReader] = []
         for index, conversation in enumerate(_conversations(messages)):
@@ -157,7 +160,7 @@ class LLM:
                     tools_in_text=format.writes_tools_in_text,
                 )
             prompts.append({"prompt": text, "prompt_token_ids": self._encode_rendered(text)})
-            readers.append(OutputReader(format, text, use if format.tools else None))
+            readers.append(OutputReader(format, text, use if format.tools else None, budget=budget))
         return self._generate(prompts, sampling_params, readers, use_tqdm=use_tqdm, lora_request=lora_request)
 
     def embed(
@@ -251,17 +254,27 @@ class LLM:
                 refused.append(output.id)
                 continue
             group, answer = feed.live[output.id]
-            delta = answer.add(output)
-            if delta.must_abort:
-                self._inbox.commands.append(Abort(output.id, FinishReason.STOP))
+            before = len(answer.token_ids)
+            self._add(answer, output, feed)
             if answer.finished or answer.token_ids:
                 feed.advance(group, answer)
-            tokens_out += len(delta.token_ids)
+            tokens_out += len(answer.token_ids) - before
             if answer.finished:
                 finished += 1
                 tokens_in += len(group.prompt_ids)
         feed.refuse(refused)
         progress.advance(finished=finished, tokens_in=tokens_in, tokens_out=tokens_out)
+
+    def _add(self, answer: Answer, output: TokenOutput, feed: RequestFeed) -> None:
+        for part in answer.reader.parts(output):
+            answer.add(part)
+            is_continued = answer.end_reasoning(self._tokenizer)
+            if answer.last.must_abort:
+                self._inbox.commands.append(Abort(output.id, FinishReason.STOP))
+            elif is_continued:
+                feed.continue_as(output.id, answer)
+                self._inbox.commands += [Abort(output.id), Add(answer.request)]
+                return
 
     def _run_pooled(self, requests: list[EngineRequest], show_progress: bool) -> list[TokenOutput]:
         """Feed the engine, no faster than it runs requests, until every prompt has been pooled; outputs in order."""
@@ -342,6 +355,25 @@ def _tools(
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"tools or tool_choice are not as in OpenAI's API: {error}.", param="tools") from None
     return tool_use(read, chosen, parallel)
+
+
+def _budget(budget: int | None, format: OutputFormat) -> int | None:
+    """Raises InvalidRequest for one without effect."""
+    if budget is None or budget == -1:
+        return None
+    if type(budget) is not int or budget < 0:
+        raise InvalidRequest(
+            f"thinking_token_budget is {budget!r}; it must be a whole number of at least 0, or -1.",
+            param="thinking_token_budget",
+        )
+    if not format.reasoning:
+        raise InvalidRequest(
+            "thinking_token_budget has no effect: no reasoning is recognized in this model's answers.",
+            hint="Leave it out, or name the format with reasoning_parser.",
+            param="thinking_token_budget",
+            code="unsupported_parameter",
+        )
+    return budget
 
 
 def _conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:

@@ -63,8 +63,10 @@ class PromptReader:
                 priority=priority,
                 adapter=adapter,
             )
-            processor = (reader or OutputReader()).processor(self._tokenizer, own, ids)
-            answers.append(Answer(index, request, processor, is_chat=reader is not None))
+            how = reader or OutputReader()
+            answer = Answer(index, request, how.processor(self._tokenizer, own, ids), how, is_chat=reader is not None)
+            answer.end_reasoning(self._tokenizer)  # a budget of 0, where the prompt has opened it
+            answers.append(answer)
         return PromptGroup(id, text, ids, params, answers)
 
     def _text_and_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:

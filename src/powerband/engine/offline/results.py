@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
 from powerband.core.step import ErrorInfo, FinishReason, TokenLogprobs, TokenOutput
 from powerband.engine.client.output import OutputDelta, OutputProcessor
+from powerband.engine.client.output_reader import OutputReader, certain
 from powerband.metrics.record import Outcome, RequestRecord
 from powerband.openai.tools import ToolCall
 from powerband.output_parsers.events import Event
@@ -70,6 +72,7 @@ class Answer:
     index: int
     request: EngineRequest
     processor: OutputProcessor
+    reader: OutputReader = field(default_factory=OutputReader)
     is_chat: bool = False
     events: list[Event] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
@@ -100,6 +103,26 @@ class Answer:
             self.times_s.append(output.time_s)
             self.counts.append(len(delta.token_ids))
         return delta
+
+    def end_reasoning(self, tokenizer: Tokenizer | None) -> bool:
+        """Add the text that ends the reasoning, where its budget is spent, unless the answer has no room for it.
+
+        True: then the engine has to go on from there, by `request`, in place of the one under way.
+        """
+        ids = [] if self.finished else self.reader.end_of_reasoning(self.processor, tokenizer)
+        request, parser = self.request, self.processor.parser
+        if not ids or parser is None or len(self.token_ids) + len(ids) >= (request.params.max_tokens or 0):
+            return False
+        num_reasoning = parser.num_reasoning_tokens
+        rows = certain(ids) if request.params.logprobs is not None else None
+        self.add(TokenOutput(request.id, ids, time.monotonic(), logprobs=rows))
+        parser.num_reasoning_tokens = num_reasoning  # the text that ends the reasoning is none
+        if self.finished:  # it has a stop string
+            return False
+        params = replace(request.params, prompt_logprobs=None) if self.prompt_logprobs else request.params
+        ahead = list(self.token_ids)
+        self.request = replace(request, id=f"{request.id}-continued", params=params, resumed_ids=ahead)
+        return True
 
     def completion(self, tokenizer: Tokenizer | None) -> CompletionOutput:
         asked = self.request.params.logprobs is not None

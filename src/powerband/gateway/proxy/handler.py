@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar, NoReturn
 
@@ -49,9 +48,15 @@ from powerband.gateway.upstream.exchange import UpstreamExchange
 from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.metrics.record import Outcome, RequestRecord
 from powerband.openai.events import MAX_EVENT_BYTES, event
-from powerband.web.client_connection import ClientConnection, client_connection
+from powerband.web.client_connection import (
+    ClientConnection,
+    ClientDisconnected,
+    cancel_this_task,
+    client_connection,
+    while_connected,
+)
 from powerband.web.errors import error_body
-from powerband.web.middleware import ClientDisconnected, pass_on_ignored_fields
+from powerband.web.middleware import pass_on_ignored_fields
 from powerband.web.streaming import STREAM_HEADERS
 
 _WITHOUT_STREAM = "Ask for it without stream, or for fewer log-probabilities."
@@ -71,9 +76,8 @@ class GenerationRoutes:
         return await self._take(request, "completions")
 
     async def _take(self, request: Request, endpoint: Endpoint) -> Response:
-        data = await self._gateway.read_body(request)
-        client_request = ClientRequest(data, endpoint)
-        del data
+        with while_connected(request.scope):
+            client_request = await self._gateway.read(request, lambda data: ClientRequest(data, endpoint))
         served = self._gateway.served(client_request.fields.model)
         gateway_request, key = admit(self._gateway, served, request, client_request)
         gateway_request.prefix_keys = prefix_keys(
@@ -165,7 +169,7 @@ class ProxiedResponse(Response, ABC):
         self._scope = scope
         connection = self._connection = client_connection(scope)
         try:
-            connection.when_lost(_cancel_this_task())
+            connection.when_lost(cancel_this_task())
             await self._reserve()
             await (self._stream(send) if self._client_request.is_stream else self._whole(scope, receive, send))
         except asyncio.CancelledError:
@@ -434,17 +438,6 @@ class ProxiedResponse(Response, ABC):
                 limit = COMPLETION_TOKENS
             output = self._served.estimates.of_whole(now_s - attempts.sent_s, client_request.num_sequences, limit)
         return (self._request.prompt_tokens, 0, output), True
-
-
-def _cancel_this_task() -> Callable[[], None]:
-    """A callback that cancels the current task, for when the client disconnects."""
-    task = asyncio.current_task()
-
-    def cancel() -> None:
-        if task is not None:
-            task.cancel()
-
-    return cancel
 
 
 def _stream_lost() -> ReplicaError:

@@ -6,6 +6,7 @@ They generate nothing, so they are free. Their tokens count towards the key's to
 
 from __future__ import annotations
 
+import asyncio
 import time
 from itertools import count
 from typing import Literal
@@ -29,6 +30,7 @@ from powerband.metrics.record import Outcome, RequestRecord
 from powerband.openai.chunks import INVALID_JSON
 from powerband.openai.errors import read_error
 from powerband.web.body import decode
+from powerband.web.client_connection import while_connected
 from powerband.web.errors import HttpError
 
 _ASK_S = 30.0
@@ -69,8 +71,18 @@ class TokenCountRoutes:
         return await self._handle(request, "count_tokens")
 
     async def _handle(self, request: Request, endpoint: Literal["tokenize", "detokenize", "count_tokens"]) -> Response:
-        data = await self._gateway.read_body(request)
-        name = decode(data, _ModelField).model
+        with while_connected(request.scope):
+            data, name = await self._gateway.read(request, _with_name)
+            return await self._answer(request, endpoint, data, name)
+
+    async def _answer(
+        self,
+        request: Request,
+        endpoint: Literal["tokenize", "detokenize", "count_tokens"],
+        data: bytes,
+        name: str | None,
+    ) -> Response:
+        """name: of the model, as the request has it."""
         served, key = self._gateway.served(name), request.state.key
         gateway_request = GatewayRequest(
             id=request.state.request_id,
@@ -100,6 +112,11 @@ class TokenCountRoutes:
             buffered.release()
             reservation.settle(0, 0, 0.0)
             self._note(gateway_request, 0, fault.http_status, fault.code, "")
+            raise
+        except asyncio.CancelledError:  # the client left: a replica has worked for it
+            buffered.release()
+            reservation.settle(gateway_request.prompt_tokens, 0, 0.0, is_estimate=True)
+            self._note(gateway_request, 0, 499, "client_left", "")
             raise
         except BaseException:
             buffered.release()
@@ -181,6 +198,11 @@ class TokenCountRoutes:
             request=gateway_request, record=record, status=status, ended_at=time.time(), error=error, replicas=replicas
         )
         self._accounts.usage_log.note(finished)
+
+
+def _with_name(data: bytes) -> tuple[bytes, str | None]:
+    """The body, and the name of the model in it. Raises InvalidRequest."""
+    return data, decode(data, _ModelField).model
 
 
 def _is_object(response: bytes) -> bool:

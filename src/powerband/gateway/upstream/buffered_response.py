@@ -24,9 +24,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from powerband.errors import PowerbandError
-from powerband.gateway.dispatch.turns import FairTurns
 from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.openai.chunks import FIELDS, Chunk, InvalidChunk, read_chunk
+from powerband.web.turns import FairTurns
 
 MAX_RESPONSE_BYTES = 64 << 20
 MAX_HELD_BYTES = 512 << 20  # of all responses that are arriving or not yet sent to their clients

@@ -18,6 +18,10 @@ class GemmaParser(TextParser):
         self._chosen: TextParser | None = None
         self._blanks: list[str] = []
 
+    @property
+    def in_call(self) -> bool:
+        return self._chosen is not None and self._chosen.in_call
+
     def _start(self) -> bool:
         before = self._at
         has_text = self._skip_space()

@@ -32,6 +32,11 @@ class HarmonyParser(TextParser):
         self._state = self._start if starts_in_header else self._text_body
 
     @property
+    def in_call(self) -> bool:
+        """Or in a header, which may be a call's."""
+        return super().in_call or (self._state == self._start and self.is_waiting)
+
+    @property
     def in_reasoning(self) -> bool:
         return self._state == self._reasoning_body
 

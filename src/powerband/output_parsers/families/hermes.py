@@ -17,6 +17,10 @@ class HermesParser(TextParser):
         self._raw: list[str] = []  # of a block, until its name is known
         self._call = self._new_call()
 
+    @property
+    def in_call(self) -> bool:
+        return self._state == self._in_call
+
     def _new_call(self) -> JsonCall:
         return JsonCall(self._call_start, self._arguments)
 

@@ -36,6 +36,10 @@ class Qwen3CoderParser(TextParser):
         self._is_string = False
         self._num_parameters = 0
 
+    @property
+    def in_call(self) -> bool:
+        return self._state not in (self._start, self._after_function)
+
     def _start(self) -> bool:
         tag = self._until((OPEN, FUNCTION), self._content)
         if not tag:

@@ -18,7 +18,7 @@ from powerband.core.request import OUTPUT_COMPLETE, EngineRequest
 from powerband.core.step import ErrorInfo, FinishReason, TokenLogprobs, TokenOutput
 from powerband.engine.client.messages import RemoteError
 from powerband.engine.client.output import OutputProcessor
-from powerband.engine.client.output_reader import OutputReader, certain, token_by_token
+from powerband.engine.client.output_reader import OutputReader, certain
 from powerband.engine.client.stream import TokenStream
 from powerband.errors import InvalidRequest, PowerbandError
 from powerband.metrics.record import Outcome, RequestRecord
@@ -28,7 +28,7 @@ from powerband.server.protocol import GenerationRequest
 from powerband.server.replica import Model, ServerState
 from powerband.server.replies import CompletionTokensDetails, Finish, PromptTokensDetails, Usage
 from powerband.spec.settings import EngineSettings
-from powerband.web.middleware import ClientDisconnected
+from powerband.web.client_connection import ClientDisconnected
 from powerband.web.streaming import DisconnectWatcher
 
 P = ParamSpec("P")
@@ -287,7 +287,7 @@ class Generation:
         rows = output.prompt_logprobs or []
         for start in range(0, len(rows), _ROWS_OF_PIECE):
             yield OutputPiece(choice, prompt_logprobs=rows[start : start + _ROWS_OF_PIECE])
-        for part in [output] if self._reader.budget is None else token_by_token(output):
+        for part in self._reader.parts(output):
             yield from self._piece(choice, part)
             if choice.finish_reason is None and (forced := list(self._end_reasoning(choice))):
                 yield from forced

@@ -17,7 +17,7 @@ from powerband.engine.client.stream import TokenStream
 from powerband.errors import InvalidRequest
 from powerband.server.pooling.protocol import PoolingRequest, PoolingUsage
 from powerband.server.replica import ServerState
-from powerband.web.middleware import ClientDisconnected
+from powerband.web.client_connection import ClientDisconnected
 from powerband.web.streaming import DisconnectWatcher
 
 # How much of one HTTP request the engine is given at once: other requests get their turn in between.

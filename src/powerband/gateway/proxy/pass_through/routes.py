@@ -25,6 +25,7 @@ from powerband.gateway.proxy.pass_through.request import PassThroughRequest, lac
 from powerband.gateway.proxy.pass_through.state import PassThroughState
 from powerband.gateway.proxy.pass_through.stored import PreparedRequest, prepare
 from powerband.gateway.request import GatewayRequest
+from powerband.web.client_connection import while_connected
 
 _OUTSIDE_RESULTS = 2  # the results are one level deeper
 
@@ -39,10 +40,14 @@ def make_routes(gateway: Gateway, accounts: Accounts) -> list[Route]:
 
 async def _take(gateway: Gateway, accounts: Accounts, endpoint: PassThroughEndpoint, request: Request) -> Response:
     path = request.scope["path"]
-    prepared = PreparedRequest(await gateway.read_body(request))
-    if endpoint is RESPONSES:
-        prepared = await prepare(request, prepared.data, accounts.responses, gateway.settings.max_body_bytes)
-    client_request = PassThroughRequest(prepared.data, endpoint, path)
+    with while_connected(request.scope):
+        if endpoint is RESPONSES:
+            prepared = await prepare(gateway, accounts.responses, request)
+        else:
+            prepared = PreparedRequest(await gateway.read_body(request))
+        client_request = await gateway.decode(
+            request, prepared.data, lambda data: PassThroughRequest(data, endpoint, path)
+        )
     served = gateway.served(client_request.fields.model)
     replicas = served.route.replicas
     if replicas and not any(one.adapter.may_offer(path) for one in replicas):

@@ -5,6 +5,7 @@ Replicas need no state: the gateway writes the conversation before a request int
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from powerband.errors import InvalidRequest
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.keys import Key
 from powerband.gateway.accounts.responses import ResponseStore, StoredResponse, listed, too_large
+from powerband.gateway.gateway import Gateway
 from powerband.gateway.proxy.pass_through.request import PassThroughFields
 from powerband.gateway.request import ANONYMOUS
 from powerband.openai.chunks import FIELDS
@@ -61,12 +63,12 @@ class ResponseToStore:
         )
 
 
-async def prepare(request: Request, data: bytes, responses: ResponseStore, max_bytes: int) -> PreparedRequest:
+async def prepare(gateway: Gateway, responses: ResponseStore, request: Request) -> PreparedRequest:
     """Write the conversation before a request into it. Raises PowerbandError."""
+    max_bytes, data = gateway.settings.max_body_bytes, await gateway.read_body(request)
     if not responses.on:
         return PreparedRequest(data)
-    fields = decode(data, _Fields)
-    raw: dict[str, Raw] = FIELDS.decode(data)
+    fields, raw = await gateway.decode(request, data, _parse)
     previous, key_id, items = fields.previous_response_id or None, _key_id(request), _items(raw)
     if previous is not None:
         if items is None:
@@ -86,6 +88,10 @@ async def prepare(request: Request, data: bytes, responses: ResponseStore, max_b
     return PreparedRequest(data, kept)
 
 
+def _parse(data: bytes) -> tuple[_Fields, dict[str, Raw]]:
+    return decode(data, _Fields), FIELDS.decode(data)
+
+
 def _items(fields: dict[str, Raw]) -> bytes | None:
     """The items of the input, without the brackets around them. None: it is neither a text nor a list."""
     sent = bytes(fields.get("input", b"")).strip()
@@ -101,6 +107,22 @@ class PreparedRequest:
     data: bytes
     kept: ResponseToStore | None = None
     is_private: bool = False
+
+
+def _page(input: bytes, id: str, limit: int, order: str, after: str | None) -> dict[str, Any]:
+    """Some of the items of a response's input. Raises InvalidRequest."""
+    items = listed(msgspec.json.decode(input), id)
+    if order == "desc":
+        items.reverse()
+    ids = [item["id"] for item in items]
+    if after is not None:
+        if after not in ids:
+            raise InvalidRequest(f"'after' is {after[:80]!r}, which is no item of this response.", param="after")
+        items = items[ids.index(after) + 1 :]
+    page = items[:limit]
+    first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
+    has_more = len(items) > len(page)
+    return {"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": has_more}
 
 
 def _key_id(request: Request) -> str:
@@ -143,18 +165,9 @@ class StoredResponseRoutes:
         if order not in ("asc", "desc"):
             raise InvalidRequest(f"'order' is {order[:20]!r}; it must be asc or desc.", param="order")
         stored = await self._find(request)
-        items = listed(msgspec.json.decode(stored.input), request.path_params["id"])
-        if order == "desc":
-            items.reverse()
-        ids = [item["id"] for item in items]
-        if after is not None:
-            if after not in ids:
-                raise InvalidRequest(f"'after' is {after[:80]!r}, which is no item of this response.", param="after")
-            items = items[ids.index(after) + 1 :]
-        page = items[: int(limit)]
-        first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
-        has_more = len(items) > len(page)
-        return json_response({"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": has_more})
+        # In a thread, because there may be thousands.
+        page = await asyncio.to_thread(_page, stored.input, request.path_params["id"], int(limit), order, after)
+        return json_response(page)
 
     async def _find(self, request: Request) -> StoredResponse:
         self._check_is_on()
