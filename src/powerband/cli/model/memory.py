@@ -14,6 +14,7 @@ from powerband.spec.settings_layers import Resolved
 
 NOT_ABOUT_MEMORY = (
     *("tokenizer", "served_model_name", "chat_template", "load_format", "seed", "threads", "attention_backend"),
+    *("tool_call_parser", "reasoning_parser", "generation_config"),
     *("async_scheduling", "enable_prefix_caching", "long_prefill_token_threshold", "scheduling_policy"),
     *("max_num_queued_reqs", "max_num_queued_tokens", "step_log", "weight_cache"),
 )

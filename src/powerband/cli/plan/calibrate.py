@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from powerband.calibration.session import Calibration
 
 DEFAULT_SECONDS = 45.0
-IGNORED_SETTINGS = ("step_log", "scheduling_policy", "served_model_name", "chat_template")
+IGNORED_SETTINGS = (
+    "step_log",
+    "scheduling_policy",
+    "served_model_name",
+    "chat_template",
+    "tool_call_parser",
+    "reasoning_parser",
+)
 _MEASURING = Group("Measuring", sort_key=0)
 
 

@@ -69,14 +69,17 @@ class MixOptions:
     workload: str | None = option(None, f"{', '.join(PRESETS)}; default: chat")
     prompt_tokens: str | None = option(
         None,
-        "512, 128-1024, or lognormal:median=512,sigma=0.8",
+        "Of each request, behind the shared prefix: 512, 128-1024, or lognormal:median=512,sigma=0.8",
         *("--prompt-tokens", "--input-len", "--random-input-len"),
     )
     output_tokens: str | None = option(
         None, "In the same form", "--output-tokens", "--output-len", "--random-output-len"
     )
     prefix_tokens: str | None = option(
-        None, "Length of a prefix that prompts share; 0: none", "--prefix-tokens", "--random-prefix-len"
+        None,
+        "Length of the prefix that prompts share, before their own tokens; 0: none",
+        "--prefix-tokens",
+        "--random-prefix-len",
     )
     prefix_groups: int | None = option(None, "Number of different prefixes")
     turns: str | None = option(None, "Turns of a conversation, each sent after the answer before; 1: single requests")
