@@ -14,6 +14,7 @@ from powerband.core.clock import VirtualClock
 from powerband.core.scheduler import Scheduler
 from powerband.core.simulation import SimExecutor
 from powerband.core.step import ErrorInfo, NewRequest, Step, StepResult, TokenLogprobs, Work
+from powerband.spec.kv_layout import KVLayout
 
 LAST_OF_GRAMMAR = 7  # after this token a grammar allows nothing
 MAX_FORCED = 9  # tokens that a grammar leaves no choice about
@@ -44,10 +45,22 @@ class Config:
     max_num_queued_reqs: int = 1000
     grammars: bool = False  # some requests have one
     moved: bool = False  # some requests come from another replica, with a part of their output
+    full: int = 1  # groups of layers
+    windowed: int = 0
+    window: int = 0
+
+    @property
+    def layout(self) -> KVLayout:
+        return KVLayout(self.block_size, 1, self.full, self.windowed, self.window, self.budget)
 
 
 def follow(digest: int, token: int) -> int:
     return hash((digest, token))
+
+
+def in_group(digest: int, group: int) -> int:
+    """What a page of this group holds of a position."""
+    return digest if digest == GARBAGE or not group else follow(digest, VOCABULARY + group)
 
 
 def next_token(digest: int) -> int:
@@ -177,7 +190,7 @@ class CheckingExecutor(SimExecutor):
         relay = 0 if r.params.grammar is not None else self.relay
         assert end - len(w.drafts) <= r.num_confirmed + relay, "an input token is not known yet"
         assert w.samples == (end - len(w.drafts) == len(r.digests)), "samples exactly when the last token is reached"
-        assert end <= len(r.blocks) * size, "the block table is too short"
+        assert end <= len(r.blocks) // self.config.layout.groups * size, "the block table is too short"
         longest = len(r.prompt) + (r.params.max_tokens or MAX_MODEL_LEN)
         assert len(r.digests) + 1 + len(w.drafts) <= longest or not w.samples, "a token that cannot count"
         digests = r.digests[w.start : end - len(w.drafts)]
@@ -185,23 +198,34 @@ class CheckingExecutor(SimExecutor):
         for token in w.drafts:
             digest = follow(digest, token)
             digests.append(digest)
-        slots = [self.slot(r, position) for position in range(w.start, end)]
-        for slot, digest in zip(slots, digests, strict=True):
-            self.slots[slot] = digest
-        return set(slots)
+        written = set()
+        for group in range(self.config.layout.groups):
+            for position, digest in zip(range(w.start, end), digests, strict=True):
+                slot = self.slot(r, position, group)
+                assert slot not in written, "a block occurs twice in a table"
+                written.add(slot)
+                self.slots[slot] = in_group(digest, group)
+        return written
 
-    def slot(self, r: DeviceRequest, position: int) -> int:
-        return r.blocks[position // self.config.block_size] * self.config.block_size + position % self.config.block_size
+    def slot(self, r: DeviceRequest, position: int, group: int) -> int:
+        size, groups = self.config.block_size, self.config.layout.groups
+        page = r.blocks[position // size * groups + group]
+        assert page >= 0, "a page that is read or written is gone"
+        return page * size + position % size
 
     def attend(self, w: Work, result: StepResult) -> None:
-        r, end, size = self.requests[w.id], w.start + w.num_tokens - len(w.drafts), self.config.block_size
-        assert len(set(r.blocks)) == len(r.blocks), "a block occurs twice in a table"
+        r, end = self.requests[w.id], w.start + w.num_tokens - len(w.drafts)
         poisoned = False
-        for i in range(-(-end // size)):
-            want = r.digests[i * size : min((i + 1) * size, end)]
-            have = self.slots[r.blocks[i] * size : r.blocks[i] * size + len(want)]
+        read: set[int] = set()
+        for group in range(self.config.layout.groups):
+            first = 0 if group < self.config.full else max(w.start - self.config.window + 1, 0)
+            slots = [self.slot(r, position, group) for position in range(first, end)]
+            assert not read & set(slots), "a block occurs twice in a table"
+            read |= set(slots)
+            want = [in_group(digest, group) for digest in r.digests[first:end]]
+            have = [self.slots[slot] for slot in slots]
             if have != want:
-                assert GARBAGE in have or GARBAGE in want, f"{w.id}: block {i} holds another context"
+                assert GARBAGE in have or GARBAGE in want, f"{w.id}: group {group} holds another context"
                 poisoned = True
         if self.random.random() < self.config.failures / 4:
             self.failed.add(w.id)
@@ -249,7 +273,8 @@ class CheckingExecutor(SimExecutor):
         r = self.requests.get(w.id)
         if r is not None and self.epochs.get(w.id) == w.epoch:
             for position in range(w.start, w.start + w.num_tokens):
-                self.slots[self.slot(r, position)] = GARBAGE
+                for group in range(self.config.layout.groups):
+                    self.slots[self.slot(r, position, group)] = GARBAGE
 
 
 class CheckingHandle:

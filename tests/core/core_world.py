@@ -57,7 +57,7 @@ def reference(request: EngineRequest, longest: int) -> tuple[list[int], FinishRe
 
 
 def longest_of(config: Config) -> int:
-    return min(MAX_MODEL_LEN, config.num_blocks * config.block_size)
+    return min(MAX_MODEL_LEN, config.layout.max_tokens(config.num_blocks))
 
 
 def trace(config: Config) -> tuple[list[EngineRequest], list[tuple[float, Command]]]:
@@ -114,7 +114,9 @@ def trace(config: Config) -> tuple[list[EngineRequest], list[tuple[float, Comman
 def build(config: Config, events: list[tuple[float, Command]], roots: dict[str, int]) -> EngineCore:
     clock = VirtualClock()
     executor = CheckingExecutor(config, clock, roots)
-    kv = KVCacheManager(config.num_blocks, config.block_size, prefix_caching=config.prefix_caching)
+    kv = KVCacheManager(
+        config.num_blocks, config.block_size, prefix_caching=config.prefix_caching, layout=config.layout
+    )
     limits = SchedulerLimits(
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=config.max_num_seqs,
@@ -189,14 +191,33 @@ def check_books(core: EngineCore) -> None:
     assert scheduler.stats().num_waiting_tokens == sum(len(r.tokens) for r in scheduler.waiting)
     assert {r.id for r in scheduler.running + scheduler.waiting} == set(scheduler.requests)
     for r in scheduler.running:
-        first_writable = min(r.num_computed, len(r.tokens)) // kv.block_size
-        assert all(kv.pool.refs[block] == 1 for block in r.blocks[first_writable:]), "a writable block is shared"
+        first_writable = min(r.num_computed, len(r.tokens)) // kv.block_size * kv.num_groups
+        held = [block for block in r.blocks if block >= 0]
+        writable = [block for block in r.blocks[first_writable:] if block >= 0]
+        assert all(kv.pool.refs[block] == 1 for block in writable), "a writable block is shared"
         if (r.id, r.epoch) in executor.stale:
-            assert not any(kv.pool.key_of[block] for block in r.blocks), "content from before the reset is findable"
+            assert not any(kv.pool.key_of[block] for block in held), "content from before the reset is findable"
+        check_windows(core, r)
     assert not any(r.blocks for r in scheduler.waiting)
-    for block in kv.pool.cached:
+    # A failure may take a block away from those behind it. They are then found by nobody, and evicted in their turn.
+    for block in () if executor.failed else kv.pool.cached:
         parent = kv.pool.parent_of[block]
-        assert parent in kv.pool.block_of or parent in executor.salts, "a cached block that no prefix leads to"
+        known = not parent or parent in kv.pool.block_of or parent in executor.salts
+        assert known, "a cached block that no prefix leads to"
+
+
+def check_windows(core: EngineCore, r: Request) -> None:
+    """Pages that no token can see any more are given back as soon as a request needs a block."""
+    kv = core.scheduler.kv
+    layout, blocks = kv.layout, len(r.blocks) // kv.num_groups
+    for group in range(kv.num_groups):
+        pages = r.blocks[group :: kv.num_groups]
+        passed = r.num_passed if group >= layout.full else 0
+        assert all(page < 0 for page in pages[:passed]), "a page outlives its window"
+        assert all(page >= 0 for page in pages[passed:]), "a page is gone before its time"
+    if layout.windowed:
+        kept = blocks - r.num_passed
+        assert kept <= layout.blocks_before + layout.step_blocks + 1, "a window holds too much"
 
 
 def check_rest(core: EngineCore, executor: CheckingExecutor) -> None:

@@ -8,6 +8,7 @@ from powerband.core.kv_cache import KVCacheManager
 from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest, Request, cache_root, new_request
 from powerband.errors import InvalidRequest, PowerbandError
+from powerband.spec.kv_layout import KVLayout
 
 
 def live(tokens: list[int], *, tenant: str = "", cache_salt: str = "", **params: int) -> Request:
@@ -148,3 +149,76 @@ def test_books_that_do_not_balance_are_reported() -> None:
 def test_a_prompt_that_is_no_list_of_token_ids_is_refused(tokens: list[int], says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
         live(tokens)
+
+
+# ---- sliding windows: one group of layers that see everything, two with a window of 6 positions in blocks of 4
+
+WINDOWS = KVLayout(4, full=1, windowed=2, window=6, step_tokens=8)
+HELD_BEFORE = 2  # blocks before a token's own that it sees
+
+
+def grown(kv: KVCacheManager, r: Request, n: int) -> Request:
+    """`r` computes `n` positions, 8 at a time."""
+    while n > 0:
+        assert kv.allocate(r, min(n, 8)) is not None
+        r.num_computed += min(n, 8)
+        kv.publish(r)
+        n -= 8
+    return r
+
+
+def test_windowed_groups_hold_the_last_blocks_only() -> None:
+    kv = KVCacheManager(64, 4, layout=WINDOWS)
+    r = grown(kv, live([*range(41)]), 40)
+    assert kv.allocate(r, 1) is not None
+    pages = [r.blocks[group::3] for group in range(3)]
+    assert all(page >= 0 for page in pages[0])
+    assert [page < 0 for page in pages[1]] == [page < 0 for page in pages[2]] == [True] * 8 + [False] * 3
+    assert kv.usage().num_used == 11 + 2 * (HELD_BEFORE + 1)
+    kv.check([r])
+    kv.release(r)
+    assert kv.usage().num_used == 0
+
+
+def test_a_prefix_is_found_as_far_as_the_windows_before_its_end_are_there() -> None:
+    kv = KVCacheManager(64, 4, layout=WINDOWS)
+    tokens = [*range(41)]
+    kv.release(grown(kv, live(tokens), 40))
+    whole = kv.match(live(tokens)).blocks
+    assert len(whole) == 10 * 3
+    assert [page >= 0 for page in whole[1::3]] == [False] * 8 + [True] * HELD_BEFORE
+    last = whole[9 * 3 + 2]
+    kv.pool.forget(last)  # a page of the last block in one of the groups
+    assert len(kv.match(live(tokens)).blocks) == 9 * 3
+    for page in whole[0::3][5:]:  # the layers that see everything lack the second half
+        kv.pool.forget(page)
+    assert len(kv.match(live(tokens)).blocks) == 5 * 3
+
+
+def test_where_all_layers_have_a_window_the_start_of_a_prefix_is_not_needed() -> None:
+    kv = KVCacheManager(12, 4, layout=KVLayout(4, full=0, windowed=1, window=6, step_tokens=8))
+    tokens = [*range(200)]
+    kv.release(grown(kv, live(tokens), 200))
+    assert len(kv.match(live([*tokens, 0])).blocks) == 50
+    assert kv.max_tokens > 10**9
+
+
+def test_groups_find_their_own_pages_only() -> None:
+    kv = KVCacheManager(64, 4, layout=WINDOWS)
+    kv.release(grown(kv, live([*range(9)]), 9))
+    match = kv.match(live([*range(9)])).blocks
+    assert len(set(match)) == len(match) == 2 * 3
+
+
+def test_a_prompt_that_waits_fits_beside_what_other_prompts_still_need() -> None:
+    kv = KVCacheManager(39, 4, layout=WINDOWS)
+    long = live([*range(60)])
+    match = kv.match(long)
+    assert kv.fits(long, match)  # 15 pages, and 2 * (2 + 2 + 1) while it is computed
+    kv.attach(long, match)
+    kv.allocate_prompt(long, 8)
+    long.num_computed = 8
+    assert kv.usage().num_used == 2 * 3
+    other = live([9] * 16)
+    assert kv.fits(other, kv.match(other))
+    assert not kv.fits(other, kv.match(other), [long])

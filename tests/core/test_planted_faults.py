@@ -43,6 +43,8 @@ def play_traces() -> None:
         play(Config(seed=seed, num_blocks=99, budget=16, policy="priority", burst=True))
         play(Config(seed=seed, overlap=True, num_blocks=150, budget=24, failures=0.05, burst=True))
     for seed in (5, 27):
+        play(Config(seed=seed, overlap=True, num_blocks=90, windowed=2, window=9, failures=0.02, burst=True))
+        play(Config(seed=seed, num_blocks=40, chunk=8, full=0, windowed=1, window=6, drafts=True))
         play(Config(seed=seed, num_stages=4, num_blocks=150, budget=24, chunk=8, failures=0.05, burst=True))
 
 
@@ -161,8 +163,8 @@ def _(right: Any, kv: Any, r: Any) -> Any:
 
 
 @FAULTS.add("idle hits count as free", KVCacheManager.fits)
-def _(right: Any, kv: Any, r: Any, match: PrefixMatch, **reserve: int) -> Any:
-    return right(kv, r, PrefixMatch(match.blocks, 0), **reserve)
+def _(right: Any, kv: Any, r: Any, match: PrefixMatch, running: Any = ()) -> Any:
+    return right(kv, r, PrefixMatch(match.blocks, 0), running)
 
 
 @FAULTS.add("prompt log-probabilities read the cache", KVCacheManager.matching_blocks)
@@ -190,15 +192,12 @@ def _(right: Any, kv: Any, r: Any) -> None:
 FAULTS.add("another request's block with the same content grows old", BlockPool.touch)(does_nothing)
 
 
-@FAULTS.add("a failed request's blocks stay findable", KVCacheManager.invalidate)
-def _(right: Any, kv: Any, r: Any, start: int) -> Any:
-    forget = kv.pool.forget
-    own = set(r.blocks)
-    with changed(kv.pool, forget=lambda block: block in own or forget(block)):
-        return right(kv, r, start)
+FAULTS.add("what rests on a failed request stays findable", KVCacheManager.forget_since)(does_nothing)
 
 
-FAULTS.add("what follows a failed block stays findable", KVCacheManager._forget_behind)(does_nothing)
+@FAULTS.add("a failed request offers its blocks again", KVCacheManager.invalidate)
+def _(right: Any, kv: Any, r: Any, first: int) -> Any:
+    return right(kv, r, UNLIMITED)
 
 
 @FAULTS.add("a reset forgets nothing of running requests", KVCacheManager.reset)
@@ -358,11 +357,36 @@ def _(right: Any, scheduler: Any, *arguments: Any) -> Any:
         return right(scheduler, *arguments)
 
 
-@FAULTS.add("readers of a failed request go on", Scheduler._fail)
-def _(right: Any, scheduler: Any, *arguments: Any) -> Any:
-    invalidate = scheduler.kv.invalidate
-    with changed(scheduler.kv, invalidate=lambda *args: invalidate(*args) and set()):
-        return right(scheduler, *arguments)
+FAULTS.add("readers of a failed request go on", Scheduler._readers)(lambda *_: [])
+
+
+# Windows
+
+
+@FAULTS.add("pages are freed a position too early", KVCacheManager._free_passed)
+def _(right: Any, kv: Any, r: Any) -> None:
+    with changed(kv, layout=replace(kv.layout, window=kv.layout.window - 1)):
+        right(kv, r)
+
+
+FAULTS.add("pages stay when their window has passed", KVCacheManager._free_passed)(does_nothing)
+
+
+@FAULTS.add("a prefix is found without what its last token sees", KVCacheManager._end_of_windows)
+def _(_right: Any, _kv: Any, _r: Any, count: int) -> int:
+    return count
+
+
+@FAULTS.add("groups share their pages", KVCacheManager._find)
+def _(right: Any, kv: Any, *arguments: Any) -> Any:
+    with changed(kv, _suffixes=[b""] * kv.num_groups):
+        return right(kv, *arguments)
+
+
+@FAULTS.add("pages that have passed are not given back", BlockPool.release)
+def _(right: Any, pool: Any, block: int) -> None:
+    if pool.refs[block] != 1 or pool.step % 3:
+        right(pool, block)
 
 
 def test_play_passes_without_a_fault() -> None:

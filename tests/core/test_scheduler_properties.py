@@ -9,7 +9,9 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from core_device import Config
@@ -54,32 +56,46 @@ def test_all_conditions(num_stages: int, policy: str) -> None:
     assert aborts > 10, "too easy a test"
 
 
+CONDITIONS: dict[str, Any] = {
+    "seed": st.integers(0, 10**6),
+    "num_requests": st.integers(1, 40),
+    "num_stages": st.sampled_from([1, 1, 2, 3, 4]),
+    "overlap": st.booleans(),
+    "moved": st.booleans(),
+    "grammars": st.booleans(),
+    "num_blocks": st.integers(2, 120),
+    "block_size": st.sampled_from([1, 2, 4, 16]),
+    "budget": st.integers(8, 64),
+    "chunk": st.sampled_from([0, 0, 5, 16]),
+    "max_num_seqs": st.integers(1, 8),
+    "policy": st.sampled_from(POLICY_NAMES),
+    "drafts": st.booleans(),
+    "prefix_caching": st.sampled_from([True, True, False]),
+    "failures": st.sampled_from([0.0, 0.0, 0.02]),
+    "burst": st.booleans(),
+    "interruptions": st.booleans(),
+    "max_num_queued_reqs": st.sampled_from([1, 5, 1000]),
+}
+
+
 @settings(max_examples=40, derandomize=True)
-@given(
-    st.builds(
-        Config,
-        seed=st.integers(0, 10**6),
-        num_requests=st.integers(1, 40),
-        num_stages=st.sampled_from([1, 1, 2, 3, 4]),
-        overlap=st.booleans(),
-        moved=st.booleans(),
-        grammars=st.booleans(),
-        num_blocks=st.integers(2, 120),
-        block_size=st.sampled_from([1, 2, 4, 16]),
-        budget=st.integers(8, 64),
-        chunk=st.sampled_from([0, 0, 5, 16]),
-        max_num_seqs=st.integers(1, 8),
-        policy=st.sampled_from(POLICY_NAMES),
-        drafts=st.booleans(),
-        prefix_caching=st.sampled_from([True, True, False]),
-        failures=st.sampled_from([0.0, 0.0, 0.02]),
-        burst=st.booleans(),
-        interruptions=st.booleans(),
-        max_num_queued_reqs=st.sampled_from([1, 5, 1000]),
-    )
-)
+@given(st.builds(Config, **CONDITIONS))
 def test_any_condition(config: Config) -> None:
     play(config)
+
+
+@settings(max_examples=60, derandomize=True)
+@given(
+    st.builds(Config, **CONDITIONS),
+    st.sampled_from([(0, 1), (0, 1), (1, 1), (1, 2), (2, 1), (1, 6)]),
+    st.integers(1, 40),
+    st.integers(1, 4),
+)
+def test_any_condition_with_windows(config: Config, groups: tuple[int, int], window: int, times: int) -> None:
+    """Layers with a window alone, and beside layers that see everything; windows shorter and longer than chunks."""
+    full, windowed = groups
+    num_blocks = config.num_blocks * (full + windowed) * times
+    play(replace(config, full=full, windowed=windowed, window=window, num_blocks=num_blocks))
 
 
 def test_same_trace_same_steps_under_any_hash_seed() -> None:

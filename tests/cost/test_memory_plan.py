@@ -189,7 +189,11 @@ def test_the_plan_as_json_names_every_part() -> None:
     plan = _plan(GPT_OSS_LIKE, 8 * GIB)
     report = plan.as_dict()
     assert report["total_bytes"] == sum(report[f"{name}_bytes"] for name in plan.parts)
-    assert report["kv_tokens"] == report["num_blocks"] * report["block_size"]
+    full, windowed = report["kv_layout"]["full"], report["kv_layout"]["windowed"]
+    assert report["kv_tokens"] == plan.kv_tokens
+    assert report["kv_tokens"] > 1.5 * report["num_blocks"] * report["block_size"] / (full + windowed)
+    plain = _plan(LLAMA_2_7B, 80 * GIB).as_dict()
+    assert plain["kv_tokens"] == plain["num_blocks"] * plain["block_size"]
 
 
 def test_quantized_weights_and_cache_take_what_they_hold() -> None:

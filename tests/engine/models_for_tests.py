@@ -189,14 +189,16 @@ def prompts(family: str) -> list[list[int]]:
     return [torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
 
 
-def healthy_model(family: str, asked: list[list[int]] | None = None, **changes: Any) -> tuple[Any, Oracle]:
+def healthy_model(
+    family: str, asked: list[list[int]] | None = None, new_tokens: int = NEW_TOKENS, **changes: Any
+) -> tuple[Any, Oracle]:
     """A random model whose greedy choices are all clear, and what it says."""
     asked = asked or prompts(family)
     for seed in range(10):
         model = random_model(family, seed, **changes)
         continuations: list[list[int]] = []
         for prompt in asked:
-            [continuation], margin = greedy(model, [prompt])
+            [continuation], margin = greedy(model, [prompt], new_tokens)
             if margin <= MARGIN:
                 break
             continuations.append(continuation)

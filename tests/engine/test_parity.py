@@ -10,7 +10,8 @@ import torch
 from engines_for_tests import SMALL, TestEngine
 from models_for_tests import FAMILIES, NEW_TOKENS, ORIGINAL_POSITIONS, VARIANTS, Oracle, healthy_model, save
 
-from powerband.spec.model.counts import kv_bytes_per_token
+from powerband.spec.kv_layout import kv_layout
+from powerband.spec.model.counts import kv_bytes_per_token_per_layer
 from powerband.spec.model.reader import read_model_spec
 
 # The ways in which the same tokens must come out. Budgets and caches are so small that they bite.
@@ -52,9 +53,14 @@ def test_together(checkpoint: tuple[Path, Oracle], condition: str) -> None:
 def test_preempted(checkpoint: tuple[Path, Oracle], overlap: bool) -> None:
     folder, oracle = checkpoint
     prompts, continuations = oracle.prompts[::-1], oracle.continuations[::-1]
-    # The two longest prompts fit together, but not with their output.
-    num_blocks = 1 + sum(-(-len(prompt) // SMALL["block_size"]) for prompt in prompts[:2])
-    block_bytes = SMALL["block_size"] * kv_bytes_per_token(read_model_spec(folder), "float32")
+    spec, size = read_model_spec(folder), SMALL["block_size"]
+    layout = kv_layout(spec.layers, size, step_tokens=SMALL["max_num_batched_tokens"], max_model_len=320)
+    if layout.windowed:  # long requests hardly grow; many short ones do, and the longest alone must fit
+        prompts, continuations = prompts[-2:] * 8, continuations[-2:] * 8
+        num_blocks = layout.max_pages(320 // size)
+    else:  # the two longest prompts fit together, but not with their output
+        num_blocks = 1 + sum(-(-len(prompt) // size) for prompt in prompts[:2])
+    block_bytes = size * layout.group_layers * kv_bytes_per_token_per_layer(spec, "float32")
     tight = {"kv_cache_memory": f"{num_blocks * block_bytes}B", "max_model_len": 320}
     with TestEngine(folder, async_scheduling=overlap, **tight) as engine:
         assert engine.generate(prompts, max_tokens=NEW_TOKENS) == continuations

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import NO_HOST, PlainModel, drawn, played
+from plans import NO_HOST, PlainModel, deployment, drawn, played
 
 from model_configs import model_config
-from powerband.core.params import SamplingParams
-from powerband.core.request import EngineRequest, Request, new_request
-from powerband.cost.replica_memory import kv_bytes_per_token, plan_replica
-from powerband.planner.simulation.windowed_cache import WindowedKVCache
+from powerband.cost.memory import plan_memory
+from powerband.cost.replica_memory import engine_settings, kv_bytes_per_token, plan_replica
 from powerband.spec.deployment import EngineName, Replica
 from powerband.spec.hardware.catalog import load_catalog
 from powerband.spec.kv_layout import KVLayout
@@ -71,26 +70,27 @@ def test_gemma_3_takes_as_much_of_a_long_request_as_vllm() -> None:
     layers_in_page = 10  # of 62, ten see everything: 52 with a window are in six groups of ten
     page = layers_in_page * 16 * 2 * 16 * 128 * 2
     assert held.parts["kv_cache"] == held.num_blocks * page
-    assert (held.layout.groups, held.layout.windows) == (1, ((6, 65),))
-    needed = (held.layout.pages(131072 // 16) + held.layout.reserved) * page
+    assert (held.layout.full, held.layout.windowed, held.layout.blocks_before) == (1, 6, 64)
+    needed = held.layout.max_pages(131072 // 16) * page
     assert needed == pytest.approx(12.3e9, rel=0.01)
     assert held.kv_tokens >= 131072
 
 
 def test_gpt_oss_with_131072_positions_needs_one_h100() -> None:
     assert not memory(GPT_OSS_120B, "H100", quantization="mxfp4").problem
-    assert memory(GPT_OSS_120B, "H100", quantization="mxfp4").layout.windows == ((1, 9),)
+    layout = memory(GPT_OSS_120B, "H100", quantization="mxfp4").layout
+    assert (layout.full, layout.windowed, layout.blocks_before) == (1, 1, 8)
 
 
 def test_a_model_whose_layers_all_have_a_window_holds_long_requests_in_it() -> None:
     held = memory(MISTRAL_7B, "L4", max_model_len=32768)
-    assert (held.layout.groups, held.layout.windows) == (0, ((1, 257),))
+    assert (held.layout.full, held.layout.windowed, held.layout.blocks_before) == (0, 1, 256)
     assert held.tokens_at(32768) > 5 * held.tokens_at(4096)
 
 
 @pytest.mark.parametrize(
     ("engine", "device", "layers"),
-    [("trtllm", "H100", 36), ("sglang", "H100", 18 + 0.8 * 18), ("powerband", "H100", 36), ("vllm", "local", 36)],
+    [("trtllm", "H100", 36), ("sglang", "H100", 18 + 0.8 * 18), ("vllm", "local", 36)],
 )
 def test_engines_that_keep_all_or_a_share_of_the_windows_positions_are_planned_so(
     engine: EngineName, device: str, layers: float
@@ -99,13 +99,22 @@ def test_engines_that_keep_all_or_a_share_of_the_windows_positions_are_planned_s
     if device == "local":
         profile = type(profile).from_dict({**profile.as_dict(), "kind": "cpu", "architecture": "cpu"})
     replica = Replica(device=device, quantization="mxfp4", max_model_len=8192)
-    if engine == "powerband":
-        replica = Replica(device=device, max_model_len=8192)
-        profile = load_catalog().find("MI325X")
     held = plan_replica(GPT_OSS_120B, profile, replica, engine)
     row = 2 * 8 * 64 * 2
     assert held.layout is None
     assert held.parts["kv_cache"] / held.kv_tokens == pytest.approx(layers * row, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("spec", [GEMMA_3_27B, GPT_OSS_120B, MISTRAL_7B], ids=["gemma", "gpt-oss", "mistral"])
+def test_our_engine_is_planned_as_it_plans_itself(spec: ModelSpec, kind: Literal["cpu", "cuda"]) -> None:
+    profile = replace(load_catalog().find("MI325X"), kind=kind)
+    asked = Replica(device="MI325X", max_model_len=32768)
+    held = plan_replica(spec, profile, asked, "powerband")
+    printed = plan_memory(spec, engine_settings(spec, asked), profile.memory_bytes, kind=kind)
+    assert (held.num_blocks, held.kv_tokens, held.layout) == (printed.num_blocks, printed.kv_tokens, printed.layout)
+    row = 2 * spec.num_kv_heads * spec.head_dim * 2
+    assert printed.parts["kv_cache"] < 0.6 * printed.kv_tokens * spec.num_layers * row  # what it took without windows
 
 
 @pytest.mark.parametrize("tensor", [2, 4])
@@ -127,45 +136,8 @@ def test_without_windows_nothing_changes() -> None:
 
 # ---- simulated
 
-LAYOUT = KVLayout(16, 1, ((2, 3),))
-
-
-def live(number: int, tokens: int) -> Request:
-    source = EngineRequest(
-        id=str(number), token_ids=[*range(tokens)], params=SamplingParams(max_tokens=9), arrival_s=0.0
-    )
-    return new_request(source, max_length=4096, epoch=0)
-
-
-@settings(max_examples=60)
-@given(steps=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 90)), max_size=60), prefix_caching=st.booleans())
-def test_pages_in_use_are_those_of_the_requests_that_run(steps: list[tuple[int, int]], prefix_caching: bool) -> None:
-    kv = WindowedKVCache(64, LAYOUT, prefix_caching=prefix_caching)
-    running: dict[int, Request] = {}
-    for number, tokens in steps:
-        if number in running:
-            kv.release(running.pop(number))
-        elif kv.fits(r := live(number, tokens), match := kv.match(r)):
-            kv.attach(r, match)
-            assert kv.allocate(r, tokens - r.num_computed) is not None
-            r.num_computed = tokens
-            kv.publish(r)
-            running[number] = r
-        blocks = {block for r in running.values() for block in r.blocks}
-        windows = sum(2 * min(len(r.blocks), 3) for r in running.values())
-        assert kv.usage().num_used == len(blocks) + windows <= 64
-        assert kv.num_free >= 0
-    kv.check(running.values())
-
-
-def test_a_long_request_gives_back_what_leaves_its_windows() -> None:
-    kv = WindowedKVCache(100, LAYOUT)
-    r = live(0, 16 * 80)
-    kv.attach(r, kv.match(r))
-    assert kv.allocate(r, 16 * 80) is not None
-    assert kv.usage().num_used == 80 + 2 * 3  # in full it would take 240
-    assert not kv.has_room(r, 16 * 80 + 16 * 15)
-    assert kv.has_room(r, 16 * 80 + 16 * 14)
+LAYOUT = KVLayout(16, 1, 1, 2, 33, 64)
+WHERE = deployment(max_num_batched_tokens=64, max_num_seqs=64)
 
 
 @settings(max_examples=40, deadline=None)
@@ -174,16 +146,17 @@ def test_fast_forward_changes_nothing_with_windows(seed: int, num_pages: int, ov
     schedule = drawn(25, rate=8, prompt=Uniform(5, 140), output=Uniform(1, 120), seed=seed)
     model = PlainModel(context_s=1e-6, host=dataclasses.replace(NO_HOST, overlapped=overlapped))
     fast, slow = (
-        played(schedule, model=model, num_blocks=num_pages, layouts=[LAYOUT], fast_forward=fast)
+        played(schedule, WHERE, model=model, num_blocks=num_pages, layouts=[LAYOUT], fast_forward=fast)
         for fast in (True, False)
     )
     assert fast == slow
 
 
 def test_more_requests_run_at_once_where_windows_are_kept_only() -> None:
-    schedule = drawn(60, rate=200, prompt=Fixed(1000), output=Fixed(50))
+    schedule = drawn(60, rate=200, prompt=Fixed(1000), output=Fixed(200))
+    where, layout = deployment(max_num_batched_tokens=256), replace(LAYOUT, step_tokens=256)
     end_s = {}
-    for name, layouts, num_blocks in (("all", [], 400), ("windows", [LAYOUT], 1200)):  # the same memory
-        found = played(schedule, num_blocks=num_blocks, layouts=layouts)
+    for name, layouts, num_blocks in (("all", [], 400), ("windows", [layout], 1200)):  # the same memory
+        found = played(schedule, where, num_blocks=num_blocks, layouts=layouts)
         end_s[name] = max(record.chunk_times_s[-1] for record in found.records)
     assert end_s["windows"] < 0.7 * end_s["all"]

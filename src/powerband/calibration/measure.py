@@ -29,6 +29,7 @@ from powerband.calibration.operator_fit import ModelSteps, PrecisionFit, fit_pre
 from powerband.calibration.quality import ReportProgress, better_of_two
 from powerband.calibration.step_fit import fit_steps, held_out_error
 from powerband.cost.measured_steps import MeasuredStepTimes
+from powerband.cost.memory import MemoryPlan
 from powerband.cost.step_log import RunConfiguration, StepLogRun, StepSample
 from powerband.metrics.record import percentile
 from powerband.spec.hardware.device import detect_cpu
@@ -249,7 +250,7 @@ def measure_model(settings: EngineSettings, budget_s: float, report: ReportProgr
         shapes = grid(limits.max_model_len, limits.max_num_batched_tokens, limits.max_num_seqs)
         name = f"{settings.model}: steps"
         samples = StepBenchmark(engine).samples(shapes, budget_s / 2, partial(report, name))
-        form, max_len, kv_tokens = engine.form, limits.max_model_len, engine.memory.kv_tokens
+        form, max_len, kv_tokens = engine.form, limits.max_model_len, _tokens_written_once(engine.memory)
     with tempfile.TemporaryDirectory(prefix="powerband-") as folder:
         loads, steps = asyncio.run(_serve(settings, Path(folder), max_len, kv_tokens, budget_s / 2, report))
     timings = busy_timings(steps)
@@ -266,6 +267,11 @@ def measure_model(settings: EngineSettings, budget_s: float, report: ReportProgr
         evidence=Evidence(source=f"steps and loads, {_today()}", error=band),
     )
     return ModelFit(refinement, len(samples), held_out_error(samples), sum(len(load.result.samples) for load in loads))
+
+
+def _tokens_written_once(memory: MemoryPlan) -> int:
+    """As many as write the whole KV cache once. A position takes a part of a page in each group of layers."""
+    return memory.num_blocks * memory.block_size // memory.layout.groups
 
 
 async def _serve(

@@ -19,7 +19,9 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.refs = [0] * num_blocks
         self.key_of: list[bytes | None] = [None] * num_blocks
-        self.parent_of: list[bytes] = [b""] * num_blocks  # key of the block before, while the block has a key
+        self.parent_of: list[bytes] = [b""] * num_blocks  # key of the block that leads to it, while it has a key itself
+        self.published_in: list[int] = [0] * num_blocks  # the step, while the block has a key
+        self.step = 0  # the one that is being scheduled, or was last
         self.block_of: dict[bytes, int] = {}
         self.blank = list(range(num_blocks - 1, -1, -1))
         self.cached: OrderedDict[int, None] = OrderedDict()
@@ -62,11 +64,15 @@ class BlockPool:
                 self.cached[block] = None
 
     def publish(self, block: int, key: bytes, parent: bytes) -> None:
-        """Make the content of a block in use findable under `key`, unless another block already is."""
+        """Make the content of a block in use findable under `key`, unless another block already is.
+
+        parent: key of the block before it, which is then evicted after it; empty: the order does not matter.
+        """
         if key not in self.block_of and self.key_of[block] is None:
             self.block_of[key] = block
             self.key_of[block] = key
             self.parent_of[block] = parent
+            self.published_in[block] = self.step
 
     def touch(self, block: int) -> None:
         """Count a cached block as just used."""
@@ -81,6 +87,11 @@ class BlockPool:
         if self.refs[block] == 0:
             del self.cached[block]
             self.blank.append(block)
+
+    def forget_since(self, step: int) -> None:
+        """Make unfindable what was published in `step` or later. O(findable blocks)."""
+        for block in [block for block in self.block_of.values() if self.published_in[block] >= step]:
+            self.forget(block)
 
     def _remove_key(self, block: int) -> None:
         key = self.key_of[block]

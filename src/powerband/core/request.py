@@ -69,6 +69,7 @@ class Request:
     inflight: int = 0  # submitted steps that sample for this request
     drafting: bool = False  # one of them carries drafts
     blocks: list[int] = field(default_factory=list)
+    num_passed: int = 0  # leading blocks that lie before every window: of these only full layers hold pages
     capacity: int = 0  # positions that `blocks` can hold
     block_keys: list[bytes] = field(default_factory=list)  # one per full block of confirmed tokens
     num_published: int = 0  # leading blocks already offered to the prefix cache

@@ -122,6 +122,7 @@ class Scheduler:
         if self.paused:
             return None
         works: list[Work] = []
+        self.kv.begin_step(self.counters.num_steps + 1)
         self._logprob_tokens_left = MAX_PROMPT_LOGPROB_TOKENS
         if self.policy.dynamic:
             self._sort(self.running, now)
@@ -249,17 +250,16 @@ class Scheduler:
             if self._chunk_of(r) <= 0 or (self.whole_prompts and len(r.tokens) > budget):
                 return
             match = self.kv.match(r)
-            # One block each for the running to grow into: starting one more only to preempt it gains nothing.
-            if not self.kv.fits(r, match, reserve=len(self.running)):
+            # The running keep room to grow: starting one more only to preempt it gains nothing.
+            if not self.kv.fits(r, match, self.running):
                 return
             del self.waiting[0]
             self._num_waiting_tokens -= len(r.tokens)
             self.kv.attach(r, match)
-            # The whole prompt gets its blocks now: what is promised to one cannot be given to the next.
-            self.kv.allocate(r, len(r.tokens) - r.num_computed)
             n = len(r.tokens) - r.num_computed
             if not self.whole_prompts:
                 n = min(n, budget, self._chunk_of(r))
+            self.kv.allocate_prompt(r, n)
             if r.scheduled_s is None:
                 self._first_start(r, now)
             r.running = True
@@ -299,7 +299,7 @@ class Scheduler:
             rows = None
             if special:
                 if w.id in result.failed:
-                    outputs.append(self._fail(r, w.start, result.failed[w.id], now))
+                    outputs.append(self._fail(r, w, step.index, result.failed[w.id], now))
                     continue
                 rows = new_prompt_rows(r, w, result.prompt_logprobs.get(w.id))
             if not w.samples:
@@ -307,11 +307,11 @@ class Scheduler:
                     outputs.append(token_output(r, [], now, prompt_logprobs=rows))
                 continue
             if r.pooling is not None:
-                outputs.append(self._finish_pooled(r, w, result, now))
+                outputs.append(self._finish_pooled(r, w, step.index, result, now))
                 continue
             got = tokens_of.get(w.id)
             if not got or len(got) > 1 + len(w.drafts):
-                outputs.append(self._fail(r, w.start, wrong_count(w, got), now))
+                outputs.append(self._fail(r, w, step.index, wrong_count(w, got), now))
                 continue
             forced, is_complete = result.forced.get(w.id, ()), w.id in result.complete
             got, finish, stop_token = take_tokens(r, w, got, forced, is_complete=is_complete)
@@ -321,11 +321,11 @@ class Scheduler:
                 self._finish(r)
         return outputs
 
-    def _finish_pooled(self, r: Request, w: Work, result: StepResult, now: float) -> TokenOutput:
+    def _finish_pooled(self, r: Request, w: Work, index: int, result: StepResult, now: float) -> TokenOutput:
         """End a request whose prompt has been computed, with its vector."""
         vector = result.vectors.get(w.id)
         if vector is None:
-            return self._fail(r, w.start, no_vector(), now)
+            return self._fail(r, w, index, no_vector(), now)
         self._finish(r)
         return token_output(r, [], now, FinishReason.STOP, vector=vector)
 
@@ -345,22 +345,25 @@ class Scheduler:
         self._dropped = [id for id in step.dropped if id not in self.requests] + self._dropped
         return outputs
 
-    def _fail(self, r: Request, start: int, error: ErrorInfo, now: float) -> TokenOutput:
-        """End one request; requests that read what its failed work wrote compute it again."""
-        suspect = self.kv.invalidate(r, start)
+    def _fail(self, r: Request, w: Work, index: int, error: ErrorInfo, now: float) -> TokenOutput:
+        """End one request, whose work in step `index` failed; requests that read what it wrote compute it again."""
+        first = w.start // self.kv.block_size
+        readers = self._readers(r, first)
+        self.kv.forget_since(index)
+        self.kv.invalidate(r, first)
         output = token_output(r, [], now, FinishReason.ERROR, error=error)
         self._finish(r)
-        found = True
-        while found:
-            found = False
-            for q in self.running:
-                first = next((i for i, block in enumerate(q.blocks) if block in suspect), None)
-                if first is not None:
-                    suspect |= self.kv.invalidate(q, first * self.kv.block_size)
-                    self._preempt(q)
-                    found = True
-                    break
+        for q in readers:
+            self.kv.invalidate(q, first)
+            self._preempt(q)
         return output
+
+    def _readers(self, r: Request, first: int) -> list[Request]:
+        """Running requests that may share blocks of `r` from `first` on, or have read some before a window passed."""
+        if len(r.block_keys) <= first:  # the block was never full
+            return []
+        key = r.block_keys[first]
+        return [q for q in self.running if q is not r and len(q.block_keys) > first and q.block_keys[first] == key]
 
     # Bookkeeping
 

@@ -6,13 +6,14 @@ One calculation, used before loading, shown beside what was measured, and quoted
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from powerband.cost.memory_advice import explain_out_of_memory
 from powerband.cost.sizing import LABELS, Sizing, as_option, readable
 from powerband.errors import UsageError
 from powerband.spec.checkpoint.quantization import WeightPrecisions
+from powerband.spec.kv_layout import KVLayout
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.settings import EngineSettings
 
@@ -28,8 +29,8 @@ class MemoryPlan:
     device_memory_bytes: int
     available_bytes: int  # that the engine may use
     parts: Mapping[str, int]  # bytes by name: weights, adapters, kv_cache, activations, attention, sampling, runtime
-    num_blocks: int
-    block_size: int
+    num_blocks: int  # of the KV cache; where it has several groups of layers, its pages
+    layout: KVLayout
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -42,9 +43,13 @@ class MemoryPlan:
         return sum(self.parts.values())
 
     @property
+    def block_size(self) -> int:
+        return self.layout.block_size
+
+    @property
     def kv_tokens(self) -> int:
-        """Positions that the KV cache holds."""
-        return self.num_blocks * self.block_size
+        """Positions that the KV cache holds, of requests as long as they may be: a window's earlier ones are free."""
+        return self.layout.tokens(self.num_blocks, self.max_model_len)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -60,6 +65,7 @@ class MemoryPlan:
             "num_blocks": self.num_blocks,
             "block_size": self.block_size,
             "kv_tokens": self.kv_tokens,
+            "kv_layout": asdict(self.layout),
             "max_model_len": self.max_model_len,
             "notes": list(self.notes),
         }
@@ -69,6 +75,11 @@ class MemoryPlan:
         held = {"weights": self.held.layers, "head": self.held.head, "KV": self.kv_dtype}
         return [self.dtype, *(f"{part} {kind}" for part, kind in held.items() if kind not in ("none", self.dtype))]
 
+    def _kv_text(self) -> str:
+        if not self.layout.windowed:
+            return f"{self.num_blocks} blocks, {self.kv_tokens} tokens"
+        return f"{self.num_blocks} pages, {self.kv_tokens} tokens of {self.max_model_len} each"
+
     def table(self, measured: Mapping[str, int] | None = None) -> str:
         """Plain text, one line per part: predicted and, where known, measured bytes.
 
@@ -77,7 +88,7 @@ class MemoryPlan:
         found = measured or {}
         details = {
             "adapters": f" ({self.max_loras} of rank {self.max_lora_rank})",
-            "kv_cache": f" ({self.num_blocks} blocks, {self.kv_tokens} tokens)",
+            "kv_cache": f" ({self._kv_text()})",
             "activations": f" ({self.max_num_batched_tokens} tokens)",
             "sampling": f" ({min(self.max_num_seqs, self.max_num_batched_tokens)} rows)",
         }
@@ -122,7 +133,7 @@ def plan_memory(
     dtype = dtype or (settings.dtype if settings.dtype != "auto" else _stored_precision_text(spec, settings))
     sizing = Sizing(spec, settings, kind, dtype, device_memory_bytes, free)
     blocks = sizing.chosen_blocks()
-    max_len = min(sizing.requested_len, blocks * settings.block_size)
+    max_len = sizing.max_len(blocks)
     if spec.encoder is not None:
         max_len = min(max_len, settings.max_num_batched_tokens)
     too_short = settings.max_model_len is not None and max_len < settings.max_model_len
@@ -137,7 +148,7 @@ def plan_memory(
         available_bytes=sizing.available,
         parts=sizing.parts(blocks),
         num_blocks=blocks,
-        block_size=settings.block_size,
+        layout=sizing.layout,
         max_model_len=max_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,

@@ -46,36 +46,38 @@ def _suggestions(sizing: Sizing) -> list[str]:
     """Changes that help, those that suffice first."""
     settings = sizing.settings
     needed = sizing.blocks_for(settings.max_model_len or settings.block_size)
-    limit, block = sizing.max_blocks(), settings.block_size
+    limit = sizing.max_blocks()
     enough = [*_kv_cache_memory(sizing, needed, limit)]
-    max_tokens = min(limit, sizing.chosen_blocks()) * block
+    max_tokens = sizing.max_len(min(limit, sizing.chosen_blocks()))
     if settings.max_model_len is not None and 0 < max_tokens < settings.max_model_len:
         enough.append(f"--max-model-len {max_tokens} fits as things are")
     share = _sufficient_utilization(sizing, needed)
     if share is not None:
-        gained = _max_blocks_with(sizing, gpu_memory_utilization=share) * block
-        enough.append(f"--gpu-memory-utilization {share} makes room for {gained} tokens (now {limit * block})")
+        gained = sizing.tokens_in(_max_blocks_with(sizing, gpu_memory_utilization=share))
+        now = sizing.tokens_in(limit)
+        enough.append(f"--gpu-memory-utilization {share} makes room for {gained} tokens (now {now})")
     partial = [*_larger_device(sizing, needed), *_smaller_model(sizing)]
     for text, changed in _smaller(sizing):
         after, freed = changed.max_blocks(), sizing.total(0) - changed.total(0)
         if after > limit < needed:
-            effect = f"{text} frees {readable(freed)}: room for {after * block} tokens (now {limit * block})"
+            room, now = changed.tokens_in(after), sizing.tokens_in(limit)
+            effect = f"{text} frees {readable(freed)}: room for {room} tokens (now {now})"
             (enough if after >= needed else partial).append(effect)
     return enough + partial
 
 
 def _kv_cache_memory(sizing: Sizing, needed: int, limit: int) -> list[str]:
-    asked, block = sizing.settings.kv_cache_memory, sizing.settings.block_size
+    asked, tokens = sizing.settings.kv_cache_memory, sizing.tokens_in
     if asked is None or limit < needed:
         return []
     if sizing.chosen_blocks() > limit:
         size = as_option(limit * sizing.block_bytes, round_up=False)
-        ways = [f"--kv-cache-memory {size} is the most that fits ({limit * block} tokens)"]
+        ways = [f"--kv-cache-memory {size} is the most that fits ({tokens(limit)} tokens)"]
     else:
         size = as_option(needed * sizing.block_bytes)
-        ways = [f"--kv-cache-memory {size} holds {needed * block} tokens (at most {limit * block} fit)"]
+        ways = [f"--kv-cache-memory {size} holds {tokens(needed)} tokens (at most {tokens(limit)} fit)"]
     default = replace(sizing, settings=replace(sizing.settings, kv_cache_memory=None)).chosen_blocks()
-    return [*ways, f"without --kv-cache-memory, the KV cache holds {default * block} tokens"]
+    return [*ways, f"without --kv-cache-memory, the KV cache holds {tokens(default)} tokens"]
 
 
 def _larger_device(sizing: Sizing, needed: int) -> list[str]:

@@ -6,7 +6,6 @@ that is divided: the same parts, with what those engines are known to take.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from powerband.cost.shapes import FORMATS, kv_row_bytes
 from powerband.errors import PowerbandError
 from powerband.spec.deployment import EngineName, Quantization, Replica
 from powerband.spec.hardware.profile import DeviceProfile
-from powerband.spec.kv_layout import KVLayout
+from powerband.spec.kv_layout import KVLayout, kv_layout
 from powerband.spec.model.counts import count_parameters
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.settings import EngineSettings
@@ -27,7 +26,6 @@ from powerband.spec.settings import EngineSettings
 # What engines take beyond weights, activations and KV cache. vLLM 0.15: 0.4 GiB beside a model with a small vocabulary,
 # 1.3 GiB with large ones, on an H100 (num_gpu_blocks reported by inference-sim's runs).
 _RUNTIME_BYTES = 300 << 20  # context, libraries, fragments
-_NEARLY_EQUAL = 1.5  # vLLM's kv_cache_utils
 _COLLECTIVES_BYTES = 400 << 20  # NCCL's and custom all-reduce's buffers (AIConfigurator reserves 342 to 392 MB)
 
 
@@ -81,7 +79,7 @@ def plan_replica(spec: ModelSpec, profile: DeviceProfile, replica: Replica, engi
     size, length = assumed.block_size, replica.max_model_len
     layout, block = _kv_blocks(spec, profile, replica, assumed)
     blocks = left // block
-    needed = layout.pages(-(-length // size)) + layout.reserved if layout is not None else -(-length // size)
+    needed = layout.max_pages(-(-length // size)) if layout is not None else -(-length // size)
     problem = ""
     if blocks < needed:
         problem = f"one request of {length} tokens needs {_gb(needed * block)} of KV cache, {_gb(left)} are left"
@@ -93,20 +91,15 @@ def _kv_blocks(
 ) -> tuple[KVLayout | None, int]:
     """The layout of an engine's cache for a model with sliding windows, and the bytes of a block of it."""
     rank, size = shard(spec, replica), assumed.block_size
-    by_window = Counter(layer.window for layer in rank.layers)
     layer_bytes = kv_bytes_per_token(spec, replica) / rank.num_layers * size
-    num_full, num_windowed = by_window[None], rank.num_layers - by_window[None]
-    if not num_windowed or profile.kind == "cpu" or not assumed.frees_windows:
-        share = assumed.window_share if num_full and spec.family in assumed.window_families else 1.0
-        return None, round((num_full + share * num_windowed) * layer_bytes)
-    counts = [count for count in by_window.values() if count]
-    # As many layers in a group as there are of the rarer kind; where kinds are nearly equal, of the other one.
-    group = max(counts) if max(counts) < _NEARLY_EQUAL * min(counts) else min(counts)
-    groups = {window: -(-count // group) for window, count in by_window.items() if count}
-    step_blocks = -(-min(replica.max_num_batched_tokens, replica.max_model_len) // size)
-    windows = tuple((number, -(-(window - 1) // size) + 1) for window, number in groups.items() if window is not None)
-    reserved = step_blocks * sum(number for number, _ in windows)
-    return KVLayout(size, groups.get(None, 0), windows, reserved), round(group * layer_bytes)
+    step_tokens = min(replica.max_num_batched_tokens, replica.max_model_len)
+    layout = kv_layout(rank.layers, size, step_tokens=step_tokens, max_model_len=replica.max_model_len)
+    if layout.windowed and profile.kind != "cpu" and assumed.frees_windows:
+        return layout, round(layout.group_layers * layer_bytes)
+    num_windowed = sum(layer.window is not None for layer in rank.layers)
+    num_full = rank.num_layers - num_windowed
+    share = assumed.window_share if num_full and spec.family in assumed.window_families else 1.0
+    return None, round((num_full + share * num_windowed) * layer_bytes)
 
 
 def weight_bytes(spec: ModelSpec, replica: Replica) -> int:
@@ -214,7 +207,10 @@ def _own(spec: ModelSpec, profile: DeviceProfile, replica: Replica) -> ReplicaMe
         plan = plan_memory(spec, settings, profile.memory_bytes, kind=kind)
     except PowerbandError as problem:
         return ReplicaMemory({}, 0, 0, settings.block_size, problem.message.rstrip("."))
-    return ReplicaMemory(plan.parts, plan.available_bytes, plan.num_blocks, plan.block_size)
+    layout = plan.layout if plan.layout.windowed else None
+    return ReplicaMemory(
+        plan.parts, plan.available_bytes, plan.num_blocks, plan.block_size, "", layout, plan.max_model_len
+    )
 
 
 def engine_settings(spec: ModelSpec, replica: Replica, **more: Any) -> EngineSettings:

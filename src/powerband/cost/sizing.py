@@ -14,7 +14,8 @@ from powerband.cost.footprint import (
 )
 from powerband.cost.precision import kv_dtype, weight_precisions
 from powerband.spec.checkpoint.quantization import WeightPrecisions
-from powerband.spec.model.counts import kv_bytes_per_token, parameter_bytes
+from powerband.spec.kv_layout import KVLayout, kv_layout
+from powerband.spec.model.counts import kv_bytes_per_token_per_layer, parameter_bytes
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.settings import EngineSettings, memory_bytes
 
@@ -71,8 +72,19 @@ class Sizing:
         return kv_dtype(self.settings, self.dtype, self.held, can_be_int8=self.kind == "cpu" and self.in_place)
 
     @property
+    def layout(self) -> KVLayout:
+        """Of the KV cache. Where it has several groups of layers, all that is said of blocks is said of its pages."""
+        return kv_layout(
+            self.spec.layers,
+            self.settings.block_size,
+            step_tokens=self.settings.max_num_batched_tokens,
+            max_model_len=self.requested_len,
+        )
+
+    @property
     def block_bytes(self) -> int:
-        return self.settings.block_size * kv_bytes_per_token(self.spec, self.kv_dtype)
+        per_layer = kv_bytes_per_token_per_layer(self.spec, self.kv_dtype)
+        return self.settings.block_size * self.layout.group_layers * per_layer
 
     @property
     def in_place(self) -> bool:
@@ -83,13 +95,22 @@ class Sizing:
         return self.dtype == "bfloat16" and self.settings.block_size == 32 and self.spec.head_dim % 32 == 0
 
     def blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self.settings.block_size)
+        """Blocks of one request."""
+        return self.layout.max_pages(-(-tokens // self.settings.block_size))
+
+    def tokens_in(self, num_blocks: int) -> int:
+        """Positions that so many blocks hold, of requests as long as they may be."""
+        return self.layout.tokens(num_blocks, self.max_len(num_blocks))
+
+    def max_len(self, num_blocks: int) -> int:
+        """Positions of the longest request."""
+        return min(self.requested_len, self.layout.max_tokens(num_blocks))
 
     def parts(self, num_blocks: int) -> dict[str, int]:
         """Every part by name. None of them shrinks as `num_blocks` grows."""
         spec, settings, kind, dtype = self.spec, self.settings, self.kind, self.dtype
-        kv_tokens = num_blocks * settings.block_size
-        max_len = min(self.requested_len, kv_tokens)
+        kv_tokens = self.tokens_in(num_blocks)
+        max_len = self.max_len(num_blocks)
         tokens = settings.max_num_batched_tokens
         rows = min(settings.max_num_seqs, tokens)
         slots = settings.adapter_slots
@@ -118,7 +139,8 @@ class Sizing:
     @property
     def _encoder_blocks(self) -> int:
         """Blocks of two steps' texts, which take no memory: with them the scheduler counts what is on its way."""
-        return 2 * (self.blocks_for(self.settings.max_num_batched_tokens) + self.settings.max_num_seqs)
+        tokens = self.settings.max_num_batched_tokens
+        return 2 * (-(-tokens // self.settings.block_size) + self.settings.max_num_seqs)
 
     def max_blocks(self) -> int:
         """The most blocks with which everything fits into what is available; 0 when not even one does."""
@@ -143,7 +165,8 @@ class Sizing:
         if self.kind == "cuda":
             return limit
         one = self.blocks_for(self.requested_len)
-        usual = self.settings.max_num_seqs * self.blocks_for(min(self.requested_len, _DEFAULT_LENGTH))
+        layout, length = self.layout, min(self.requested_len, _DEFAULT_LENGTH)
+        usual = self.settings.max_num_seqs * layout.pages(-(-length // layout.block_size)) + layout.reserved
         share = int(self.free_memory * _CPU_KV_FRACTION) // self.block_bytes
         # One request of a length that was asked for comes before the share.
         floor = one if self.settings.max_model_len is not None else 1

@@ -271,6 +271,7 @@ def _executor_config(
         held=memory.held,
         weight_cache=settings.weight_cache == "auto",
         adapters=settings.adapter_slots > 0,
+        layout=memory.layout,
         graph_rows=graph_rows(settings, device, choice),
     )
 
@@ -317,7 +318,10 @@ def _scheduler(
     estimates: DeviceEstimates | None,
 ) -> Scheduler:
     kv = KVCacheManager(
-        memory.num_blocks, settings.block_size, prefix_caching=settings.enable_prefix_caching and spec.encoder is None
+        memory.num_blocks,
+        settings.block_size,
+        prefix_caching=settings.enable_prefix_caching and spec.encoder is None,
+        layout=memory.layout if memory.layout.windowed else None,
     )
     limits = SchedulerLimits(
         max_model_len=memory.max_model_len,

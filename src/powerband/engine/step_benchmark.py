@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from powerband.core.kv_cache import NO_PAGE
 from powerband.core.params import SamplingParams
 from powerband.core.step import NewRequest, Step, Work
 from powerband.cost.step_log import StepSample
@@ -95,7 +96,7 @@ class StepBenchmark:
 
     def __init__(self, engine: Engine, *, seed: int = 0) -> None:
         self._executor = engine.executor
-        self._block_size = engine.settings.block_size
+        self._layout = engine.memory.layout
         self._num_blocks = engine.memory.num_blocks
         self._vocab_size = engine.spec.vocab_size
         self.max_model_len = engine.memory.max_model_len
@@ -105,7 +106,7 @@ class StepBenchmark:
 
     def fits(self, shape: StepShape) -> bool:
         """Whether every work's context can be, and all of them together have blocks of their own."""
-        blocks = sum(-(-context // self._block_size) for _, context in shape.works)
+        blocks = sum(self._held(*work).count(True) for work in shape.works)
         return blocks <= self._num_blocks and all(context <= self.max_model_len for _, context in shape.works)
 
     def seconds(self, shape: StepShape, budget_s: float = 0.3) -> float:
@@ -136,6 +137,16 @@ class StepBenchmark:
             on_progress(max(number / len(fitting), min(spent, 1.0)))
         return found
 
+    def _held(self, new: int, context: int) -> list[bool]:
+        """Of each entry of a work's block table: whether anything that the work computes can see it."""
+        layout = self._layout
+        first = (context - new - layout.window + 1) // layout.block_size
+        return [
+            group < layout.full or index >= first
+            for index in range(-(-context // layout.block_size))
+            for group in range(layout.groups)
+        ]
+
     def _run(self, works: Sequence[Work]) -> float:
         step = Step(next(self._index), list(works), self._past)
         self._past = []
@@ -149,9 +160,10 @@ class StepBenchmark:
     def _works(self, shape: StepShape) -> list[Work]:
         made, block = [], 0
         for place, (new, context) in enumerate(shape.works):
-            count = -(-context // self._block_size)
-            blocks = [(block + offset) % self._num_blocks for offset in range(count)]
-            block += count
+            blocks = []
+            for is_held in self._held(new, context):
+                blocks.append(block % self._num_blocks if is_held else NO_PAGE)
+                block += is_held
             tokens = self._random.choices(range(self._vocab_size), k=context)
             made.append(
                 Work(

@@ -16,7 +16,7 @@ def run(block: int, hidden: torch.Tensor) -> None:
     """A step that the MLP does not look at, and the end of the block."""
     none = torch.zeros(0, dtype=torch.int32)
     try:
-        ops.run_blocks([block], hidden, [], [], none.long(), none, none, none[None], 0)
+        ops.run_blocks([block], hidden, [], [], [none.long()], none, none, [none[None]], 0)
     finally:
         ops.free_blocks([block])
 

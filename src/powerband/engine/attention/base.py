@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,9 @@ class AttentionBatch:
     """Where a step's tokens lie. Built once per step, shared by all layers. Rows are requests, decodes first.
 
     tokens   | r0 | r1 | r2 r2 r2 | r3 r3 |      query_starts = [0, 1, 2, 5, 7], num_decodes = 2
+
+    With sliding windows, layers are in groups (spec.kv_layout), each with slots and tables of its own. Blocks that lie
+    before a layer's window are not its request's any more: what they hold must not show, not even a NaN.
     """
 
     query_starts: torch.Tensor  # int32 [rows + 1]
@@ -22,6 +26,10 @@ class AttentionBatch:
     num_decodes: int  # leading rows with exactly one token
     query_starts_host: list[int]
     context_lens_host: list[int]
+    others: tuple[AttentionBatch, ...] = ()  # the same rows, as the second and further groups of layers have them
+
+    def of_group(self, group: int) -> AttentionBatch:
+        return self.others[group - 1] if group else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +52,34 @@ class HeadNorm:
     eps: float
 
 
+class LayerPlaces:
+    """Where the layers of a model have their cache: each its own, unless groups of layers share it."""
+
+    def __init__(self, places: Sequence[tuple[int, int]] = ()) -> None:
+        self._places = list(places)
+
+    def find(self, layer: int) -> tuple[int, int]:
+        """Of a layer: its group, and its place among the caches."""
+        return self._places[layer] if self._places else (0, layer)
+
+
 class AttentionBackend(Protocol):
     """Writes new K and V into blocks and attends over block tables, for any mix of prefill chunks and decodes."""
 
     name: str
 
-    def allocate(self, num_layers: int, num_blocks: int, shape: AttentionShape, dtype: torch.dtype) -> None:
-        """Take memory for the KV cache of all layers, held in `dtype`."""
+    def allocate(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        shape: AttentionShape,
+        dtype: torch.dtype,
+        places: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Take memory for the KV cache of `num_layers` layers, held in `dtype`.
+
+        places: of each layer its group and its place in it, where layers of several groups share the memory of a place.
+        """
         ...
 
     def begin(self, batch: AttentionBatch) -> None:

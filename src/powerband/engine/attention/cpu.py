@@ -8,9 +8,11 @@ That part is what dot products of bfloat16 and matrix tiles take as it lies, so 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from powerband.engine.attention.base import AttentionBatch, AttentionShape, HeadNorm
+from powerband.engine.attention.base import AttentionBatch, AttentionShape, HeadNorm, LayerPlaces
 from powerband.engine.huge_pages import huge_empty
 from powerband.engine.kernels.cpu.library import Status as KernelStatus
 
@@ -38,9 +40,18 @@ class CpuAttention:
     name = "cpu"
 
     def __init__(self) -> None:
-        self.cache: list[torch.Tensor] = []  # of each layer, see the module's drawing
+        self.cache: list[torch.Tensor] = []  # see the module's drawing
+        self.places = LayerPlaces()
 
-    def allocate(self, num_layers: int, num_blocks: int, shape: AttentionShape, dtype: torch.dtype) -> None:
+    def allocate(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        shape: AttentionShape,
+        dtype: torch.dtype,
+        places: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self.places = LayerPlaces(places)
         per_position = shape.head_dim + _SCALE_BYTES if dtype == torch.int8 else shape.head_dim
         size = (num_layers, num_blocks, shape.num_kv_heads, 2 * BLOCK_SIZE * per_position)
         self.cache = list(huge_empty(size, dtype).unbind(0))
@@ -72,13 +83,15 @@ class CpuAttention:
     ) -> torch.Tensor:
         """As in AttentionBackend. q and k are turned where they lie: `qkv` is used up."""
         cos, sin = rotation if rotation is not None else (None, None)
+        group, place = self.places.find(layer)
+        batch = batch.of_group(group)
         out: torch.Tensor = torch.ops.powerband.attend(
             qkv.flatten(1),
             cos,
             sin,
             norm.weights if norm is not None else None,
             norm.eps if norm is not None else 0.0,
-            self.cache[layer],
+            self.cache[place],
             batch.slots,
             batch.query_starts,
             batch.context_lens,

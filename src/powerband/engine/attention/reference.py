@@ -10,12 +10,13 @@ end are never read: what an earlier owner left there cannot leak, not even a NaN
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from powerband.engine.attention.base import AttentionBatch, AttentionShape, HeadNorm
+from powerband.engine.attention.base import AttentionBatch, AttentionShape, HeadNorm, LayerPlaces
 from powerband.engine.layers.norm import norm_heads
 from powerband.engine.layers.rotary import rotate
 
@@ -59,9 +60,18 @@ class ReferenceAttention:
         # Reused, because memory fresh from the system costs more than copying into it.
         self._workspace = torch.empty(0, device=device)
         self._batch: AttentionBatch | None = None
-        self._plans: dict[int | None, tuple[list[_Decodes], list[_Chunk]]] = {}
+        self._plans: dict[tuple[int, int | None], tuple[list[_Decodes], list[_Chunk]]] = {}  # by group and window
+        self._places = LayerPlaces()
 
-    def allocate(self, num_layers: int, num_blocks: int, shape: AttentionShape, dtype: torch.dtype) -> None:
+    def allocate(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        shape: AttentionShape,
+        dtype: torch.dtype,
+        places: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self._places = LayerPlaces(places)
         size = (2, shape.num_kv_heads, num_blocks * self.block_size, shape.head_dim)
         self._cache = []
         for _ in range(num_layers):
@@ -84,18 +94,20 @@ class ReferenceAttention:
     ) -> torch.Tensor:
         if batch is not self._batch:
             self.begin(batch)
-        keys, values = self._cache[layer]
+        group, place = self._places.find(layer)
+        batch = batch.of_group(group)
+        keys, values = self._cache[place]
         keys.index_copy_(1, batch.slots, k.transpose(0, 1))
         values.index_copy_(1, batch.slots, v.transpose(0, 1))
-        if shape.window not in self._plans:
-            self._plans[shape.window] = self._plan(batch, shape.window)
-        decodes, chunks = self._plans[shape.window]
+        if (group, shape.window) not in self._plans:
+            self._plans[group, shape.window] = self._plan(batch, shape.window)
+        decodes, chunks = self._plans[group, shape.window]
         if len(decodes) == 1 and not chunks:
             return _decode(q, *self._gather(keys, values, decodes[0].slots), decodes[0], shape, sinks)
         out = q.new_empty(q.shape)
-        for group in decodes:
-            group_keys, group_values = self._gather(keys, values, group.slots)
-            out[group.rows] = _decode(q[group.rows], group_keys, group_values, group, shape, sinks)
+        for rows in decodes:
+            their_keys, their_values = self._gather(keys, values, rows.slots)
+            out[rows.rows] = _decode(q[rows.rows], their_keys, their_values, rows, shape, sinks)
         for chunk in chunks:
             if chunk.slots is None:
                 chunk_keys, chunk_values = k[chunk.tokens].transpose(0, 1), v[chunk.tokens].transpose(0, 1)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 
 import torch
 import triton
 
-from powerband.engine.attention.base import AttentionBatch, AttentionShape, HeadNorm
+from powerband.engine.attention.base import AttentionBatch, AttentionShape, HeadNorm, LayerPlaces
 from powerband.engine.kernels.paged_attention import chunk_kernel, combine_kernel, decode_kernel
 from powerband.engine.kernels.rotary_store import rotary_store_kernel
 
@@ -35,8 +36,17 @@ class TritonAttention:
         on_device = device.type == "cuda"
         self._num_processors = torch.cuda.get_device_properties(device).multi_processor_count if on_device else 1
         self._cache: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._places = LayerPlaces()
 
-    def allocate(self, num_layers: int, num_blocks: int, shape: AttentionShape, dtype: torch.dtype) -> None:
+    def allocate(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        shape: AttentionShape,
+        dtype: torch.dtype,
+        places: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self._places = LayerPlaces(places)
         size = (2, num_blocks, shape.num_kv_heads, self.block_size, shape.head_dim)
         layers = [torch.zeros(size, dtype=dtype, device=self.device) for _ in range(num_layers)]
         self._cache = [(layer[0], layer[1]) for layer in layers]
@@ -54,8 +64,10 @@ class TritonAttention:
         shape: AttentionShape,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        self._store(layer, q, k, v, batch, shape, q_out=None, rotation=None, norm=None)
-        return self._attend(layer, q, batch, shape, sinks)
+        group, place = self._places.find(layer)
+        batch = batch.of_group(group)
+        self._store(place, q, k, v, batch, shape, q_out=None, rotation=None, norm=None)
+        return self._attend(place, q, batch, shape, sinks)
 
     def attend_unrotated(
         self,
@@ -71,21 +83,23 @@ class TritonAttention:
 
         qkv: [tokens, num_heads + 2 * num_kv_heads, head_dim]. rotation: cos and (signed) sin [tokens, 1, rotary_dim].
         """
+        group, place = self._places.find(layer)
+        batch = batch.of_group(group)
         heads, kv_heads = shape.num_heads, shape.num_kv_heads
         q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
         if rotation is not None or norm is not None:
             q_out = torch.empty((qkv.shape[0], heads, shape.head_dim), dtype=qkv.dtype, device=qkv.device)
-            self._store(layer, q, k, v, batch, shape, q_out=q_out, rotation=rotation, norm=norm)
+            self._store(place, q, k, v, batch, shape, q_out=q_out, rotation=rotation, norm=norm)
             q = q_out
         else:
-            self._store(layer, q, k, v, batch, shape, q_out=None, rotation=None, norm=None)
-        return self._attend(layer, q, batch, shape, sinks)
+            self._store(place, q, k, v, batch, shape, q_out=None, rotation=None, norm=None)
+        return self._attend(place, q, batch, shape, sinks)
 
     # ---- the kernels' arguments
 
     def _store(
         self,
-        layer: int,
+        place: int,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -96,7 +110,7 @@ class TritonAttention:
         rotation: tuple[torch.Tensor, torch.Tensor] | None,
         norm: HeadNorm | None,
     ) -> None:
-        keys, values = self._cache[layer]
+        keys, values = self._cache[place]
         tile_q = min(triton.next_power_of_2(shape.num_heads), 16)
         q_tiles = triton.cdiv(shape.num_heads, tile_q) if q_out is not None else 0
         q_out = q if q_out is None else q_out
@@ -120,26 +134,26 @@ class TritonAttention:
         )
 
     def _attend(
-        self, layer: int, q: torch.Tensor, batch: AttentionBatch, shape: AttentionShape, sinks: torch.Tensor | None
+        self, place: int, q: torch.Tensor, batch: AttentionBatch, shape: AttentionShape, sinks: torch.Tensor | None
     ) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         num_rows = len(batch.context_lens_host)
         if batch.num_decodes:
-            self._decode(layer, q, out, batch, shape, sinks)
+            self._decode(place, q, out, batch, shape, sinks)
         if batch.num_decodes < num_rows:
-            self._chunks(layer, q, out, batch, shape, sinks)
+            self._chunks(place, q, out, batch, shape, sinks)
         return out
 
     def _decode(
         self,
-        layer: int,
+        place: int,
         q: torch.Tensor,
         out: torch.Tensor,
         batch: AttentionBatch,
         shape: AttentionShape,
         sinks: torch.Tensor | None,
     ) -> None:
-        keys, values = self._cache[layer]
+        keys, values = self._cache[place]
         rows, heads = batch.num_decodes, shape.num_heads
         group = heads // shape.num_kv_heads
         splits = self._num_splits(batch, shape, q.dtype)
@@ -173,14 +187,14 @@ class TritonAttention:
 
     def _chunks(
         self,
-        layer: int,
+        place: int,
         q: torch.Tensor,
         out: torch.Tensor,
         batch: AttentionBatch,
         shape: AttentionShape,
         sinks: torch.Tensor | None,
     ) -> None:
-        keys, values = self._cache[layer]
+        keys, values = self._cache[place]
         first = batch.num_decodes
         num_rows = len(batch.context_lens_host) - first
         num_tokens = batch.query_starts_host[-1] - batch.query_starts_host[first]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,12 +41,15 @@ class RequestState:
     matcher: LLMatcher | None = None  # of its grammar; it has consumed the output in `tokens`
 
     def append_blocks(self, new: list[int]) -> None:
+        """Pages, where layers are in groups: those of a block together. Before a window there may be none (-1)."""
+        if not new:
+            return
         needed = self.num_blocks + len(new)
         if needed > len(self.blocks):
             grown = np.zeros(max(needed, 2 * len(self.blocks)), np.int32)
             grown[: self.num_blocks] = self.blocks[: self.num_blocks]
             self.blocks = grown
-        self.blocks[self.num_blocks : needed] = new
+        np.maximum(new, 0, out=self.blocks[self.num_blocks : needed], casting="unsafe")
         self.num_blocks = needed
 
 
@@ -76,7 +79,7 @@ class InputBuffers:
     """Builds inputs. `num_sets` steps may be in flight before a buffer is written again, without waiting for it.
 
     On a GPU the buffers are pinned and copied without waiting. by_length: the model's rotation depends on the length
-    of a sequence. with_types: for models that have token types.
+    of a sequence. with_types: for models that have token types. groups: of layers with block tables of their own.
     """
 
     def __init__(
@@ -86,9 +89,11 @@ class InputBuffers:
         *,
         by_length: bool = False,
         with_types: bool = False,
+        groups: int = 1,
         num_sets: int = 2,
     ) -> None:
         self.block_size = block_size
+        self.groups = groups
         self.by_length = by_length
         self.with_types = with_types
         self.device = device
@@ -102,38 +107,44 @@ class InputBuffers:
         buffers.wait_for_copies()
         counts = [row.work.num_tokens for row in rows]
         ends = [row.work.start + row.work.num_tokens for row in rows]
-        num_tokens, width = sum(counts), max(row.state.num_blocks for row in rows)
-        tokens = buffers.tokens(num_tokens)
+        num_tokens, width = sum(counts), max(row.state.num_blocks for row in rows) // self.groups
+        tokens = buffers.tokens(num_tokens, self.groups)
         per_row = buffers.rows(len(rows))
-        tables = buffers.tables(len(rows), width)
+        tables = buffers.tables(self.groups, len(rows), width)
         _fill_tokens(tokens, rows)
-        for table, row in zip(tables.array, rows, strict=True):
-            table[: row.state.num_blocks] = row.state.blocks[: row.state.num_blocks]
-            table[row.state.num_blocks :] = 0
+        for index, row in enumerate(rows):
+            blocks = row.state.blocks[: row.state.num_blocks].reshape(-1, self.groups)
+            tables.array[:, index, : len(blocks)] = blocks.T
+            tables.array[:, index, len(blocks) :] = 0
         positions = tokens.array[1]
         owner = np.repeat(np.arange(len(rows)), counts)
-        blocks = tables.array[owner, positions // self.block_size].astype(np.int64)
-        tokens.array[2] = blocks * self.block_size + positions % self.block_size
-        tokens.array[3] = np.repeat([row.state.rope_length for row in rows], counts)
+        slots = tables.array[:, owner, positions // self.block_size].astype(np.int64)
+        tokens.array[4:] = slots * self.block_size + positions % self.block_size
+        tokens.array[2] = np.repeat([row.state.rope_length for row in rows], counts)
         if self.with_types:
-            tokens.array[4] = positions >= np.repeat([_second_text_start(row.state) for row in rows], counts)
+            tokens.array[3] = positions >= np.repeat([_second_text_start(row.state) for row in rows], counts)
         starts = per_row.array[0]
         starts[0] = 0
         np.cumsum(counts, out=starts[1:])
         per_row.array[1, 1:] = ends
         on_device, rows_on_device = tokens.to(self.device), per_row.to(self.device)
+        tables_on_device = tables.to(self.device)
         batch = AttentionBatch(
             query_starts=rows_on_device[0],
             context_lens=rows_on_device[1, 1:],
-            block_tables=tables.to(self.device),
-            slots=on_device[2],
+            block_tables=tables_on_device[0],
+            slots=on_device[4],
             num_decodes=sum(count == 1 for count in counts),
             query_starts_host=starts.tolist(),
             context_lens_host=ends,
         )
+        batch.others = tuple(
+            replace(batch, block_tables=tables_on_device[group], slots=on_device[4 + group])
+            for group in range(1, self.groups)
+        )
         buffers.note_copies(self.device)
-        lengths = on_device[3] if self.by_length else None
-        return Inputs(on_device[0], on_device[1], batch, lengths, on_device[4] if self.with_types else None)
+        lengths = on_device[2] if self.by_length else None
+        return Inputs(on_device[0], on_device[1], batch, lengths, on_device[3] if self.with_types else None)
 
 
 def _second_text_start(state: RequestState) -> int:
@@ -185,18 +196,19 @@ class _Buffers:
         if self._copied is not None:
             self._copied.synchronize()
 
-    def tokens(self, count: int) -> _Staged:
-        """[ids, positions, slots, rope lengths, types] x tokens."""
-        return self._shaped(torch.int64, 5, count)
+    def tokens(self, count: int, groups: int) -> _Staged:
+        """[ids, positions, rope lengths, types, and slots of each group] x tokens."""
+        return self._shaped(torch.int64, 4 + groups, count)
 
     def rows(self, count: int) -> _Staged:
         """[query starts, (unused, then context lengths)] x (rows + 1)."""
         return self._shaped(torch.int32, 2, count + 1)
 
-    def tables(self, rows: int, width: int) -> _Staged:
-        if self._tables.numel() < rows * width:
-            self._tables = self._new(2 * rows * width, torch.int32)
-        tensor = self._tables[: rows * width].view(rows, width)
+    def tables(self, groups: int, rows: int, width: int) -> _Staged:
+        size = groups * rows * width
+        if self._tables.numel() < size:
+            self._tables = self._new(2 * size, torch.int32)
+        tensor = self._tables[:size].view(groups, rows, width)
         return _Staged(tensor, tensor.numpy())
 
     def _shaped(self, dtype: torch.dtype, rows: int, count: int) -> _Staged:

@@ -54,6 +54,7 @@ class DecodeGraphs:
         max_model_len: int,
         block_size: int,
         device: torch.device,
+        groups: int = 1,
         capture: Capture | None = None,
     ) -> None:
         self._model = model
@@ -62,7 +63,8 @@ class DecodeGraphs:
         self.sizes = [size for size in _SIZES if size < max_rows] + [max_rows]
         self._max_model_len = max_model_len
         by_length = model.spec.length_rope is not None
-        self._inputs = _static_inputs(max_rows, -(-max_model_len // block_size), device, by_length=by_length)
+        width = -(-max_model_len // block_size)
+        self._inputs = _static_inputs(max_rows, width, device, by_length=by_length, groups=groups)
         self._graphs: dict[int, _Graph] = {}
 
     @torch.inference_mode()
@@ -89,7 +91,8 @@ class DecodeGraphs:
     def _captured(self, size: int) -> _Graph:
         inputs = _first_rows(self._inputs, size, self._max_model_len)
         # Padding only: whatever runs now, the KV cache stays as it is.
-        inputs.batch.slots.fill_(-1)
+        for batch in (inputs.batch, *inputs.batch.others):
+            batch.slots.fill_(-1)
         inputs.batch.context_lens.zero_()
         replay, hidden = self._capture(lambda: self._forward(inputs))
         return _Graph(replay, hidden)
@@ -103,27 +106,29 @@ class DecodeGraphs:
     def _stage(self, inputs: Inputs, num_rows: int, size: int) -> None:
         from powerband.engine.kernels.stage_decodes import stage_decodes_kernel  # Triton is there only with a GPU
 
-        source, target = inputs.batch, self._inputs.batch
         if inputs.rope_lengths is not None and self._inputs.rope_lengths is not None:
             self._inputs.rope_lengths[:num_rows].copy_(inputs.rope_lengths)
-        stage_decodes_kernel[(size,)](
-            inputs.token_ids,
-            inputs.positions,
-            source.slots,
-            source.context_lens,
-            source.block_tables,
-            self._inputs.token_ids,
-            self._inputs.positions,
-            target.slots,
-            target.context_lens,
-            target.block_tables,
-            num_rows,
-            source.block_tables.shape[1],
-            source.block_tables.stride(0),
-            target.block_tables.stride(0),
-            TILE=128,
-            num_warps=1,
-        )
+        # What all groups of layers share is copied with each of them: a few numbers, and there are few groups.
+        for group in range(1 + len(inputs.batch.others)):
+            source, target = inputs.batch.of_group(group), self._inputs.batch.of_group(group)
+            stage_decodes_kernel[(size,)](
+                inputs.token_ids,
+                inputs.positions,
+                source.slots,
+                source.context_lens,
+                source.block_tables,
+                self._inputs.token_ids,
+                self._inputs.positions,
+                target.slots,
+                target.context_lens,
+                target.block_tables,
+                num_rows,
+                source.block_tables.shape[1],
+                source.block_tables.stride(0),
+                target.block_tables.stride(0),
+                TILE=128,
+                num_warps=1,
+            )
 
 
 class _Capturer:
@@ -146,7 +151,7 @@ class _Capturer:
         return graph.replay, result
 
 
-def _static_inputs(rows: int, width: int, device: torch.device, *, by_length: bool) -> Inputs:
+def _static_inputs(rows: int, width: int, device: torch.device, *, by_length: bool, groups: int) -> Inputs:
     def ints(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -159,21 +164,30 @@ def _static_inputs(rows: int, width: int, device: torch.device, *, by_length: bo
         query_starts_host=list(range(rows + 1)),
         context_lens_host=[0] * rows,
     )
+    batch.others = tuple(
+        replace(batch, block_tables=ints(rows, width, dtype=torch.int32), slots=ints(rows, dtype=torch.int64))
+        for _ in range(1, groups)
+    )
     lengths = ints(rows, dtype=torch.int64) if by_length else None
     return Inputs(ints(rows, dtype=torch.int64), ints(rows, dtype=torch.int64), batch, lengths)
 
 
 def _first_rows(inputs: Inputs, rows: int, max_model_len: int) -> Inputs:
     """Views of the first rows. On the host they claim the longest context: the graph must do for all."""
-    batch = replace(
-        inputs.batch,
-        query_starts=inputs.batch.query_starts[: rows + 1],
-        context_lens=inputs.batch.context_lens[:rows],
-        block_tables=inputs.batch.block_tables[:rows],
-        slots=inputs.batch.slots[:rows],
-        num_decodes=rows,
-        query_starts_host=list(range(rows + 1)),
-        context_lens_host=[max_model_len] * rows,
-    )
+
+    def first(batch: AttentionBatch) -> AttentionBatch:
+        return replace(
+            batch,
+            query_starts=batch.query_starts[: rows + 1],
+            context_lens=batch.context_lens[:rows],
+            block_tables=batch.block_tables[:rows],
+            slots=batch.slots[:rows],
+            num_decodes=rows,
+            query_starts_host=list(range(rows + 1)),
+            context_lens_host=[max_model_len] * rows,
+            others=tuple(first(other) for other in batch.others),
+        )
+
+    batch = first(inputs.batch)
     lengths = inputs.rope_lengths[:rows] if inputs.rope_lengths is not None else None
     return Inputs(inputs.token_ids[:rows], inputs.positions[:rows], batch, lengths)

@@ -34,6 +34,7 @@ from powerband.engine.sampling.sampler import Sampler
 from powerband.errors import UsageError
 from powerband.spec.checkpoint.quantization import PLAIN, WeightPrecisions
 from powerband.spec.hardware.device import detect_cpu
+from powerband.spec.kv_layout import KVLayout
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.structured.compiled import Grammars
 
@@ -59,6 +60,7 @@ class ExecutorConfig:
     held: WeightPrecisions = PLAIN  # what projections and head are held in
     weight_cache: bool = False  # keep quantized weights for the next start
     adapters: bool = False  # LoRA adapters may be loaded
+    layout: KVLayout | None = None  # of a model with sliding windows
     graph_rows: int = 0  # largest batch of decodes to capture CUDA graphs for; 0: none
 
 
@@ -90,6 +92,10 @@ class TorchExecutor:
         if self._runner is None:
             raise UsageError("The executor has not been started.")
         return self._runner
+
+    @property
+    def _layout(self) -> KVLayout:
+        return self.config.layout or KVLayout(self.config.block_size, self.config.spec.num_layers)
 
     @torch.inference_mode()
     def start(self) -> DeviceReport:
@@ -125,6 +131,7 @@ class TorchExecutor:
             self._pooler(),
             block_size=config.block_size,
             device=config.device,
+            groups=self._layout.groups,
             grammars=self._grammars,
         )
         prepared_s = time.perf_counter()
@@ -169,7 +176,9 @@ class TorchExecutor:
         if isinstance(model, Encoder):  # it keeps nothing
             return
         shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.attention_scale)
-        self.attention.allocate(spec.num_layers, num_blocks, shape, self.config.kv_dtype)
+        layout = self._layout
+        places = layout.places(spec.layers)
+        self.attention.allocate(layout.group_layers, num_blocks, shape, self.config.kv_dtype, places)
         if isinstance(self.attention, CpuAttention):
             use_cpu_blocks(model, self.attention)
         if self.attention.name == "triton":
@@ -179,6 +188,7 @@ class TorchExecutor:
                 self.runner.forward,
                 max_model_len=config.max_model_len,
                 block_size=config.block_size,
+                groups=layout.groups,
                 device=config.device,
             )
         if self.config.graph_rows:
@@ -192,6 +202,7 @@ class TorchExecutor:
             max_rows=config.graph_rows,
             max_model_len=config.max_model_len,
             block_size=config.block_size,
+            groups=self._layout.groups,
             device=config.device,
         )
         graphs.capture(lambda fraction: self._progress("graphs", fraction))

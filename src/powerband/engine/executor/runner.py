@@ -79,9 +79,10 @@ class ModelRunner:
         *,
         block_size: int,
         device: torch.device,
+        groups: int = 1,
         grammars: Grammars | None = None,
     ) -> None:
-        """grammars: None where requests with a grammar are refused."""
+        """groups: of layers with block tables of their own. grammars: None where requests with one are refused."""
         self.model = model
         self.attention = attention
         self.sampler = sampler
@@ -93,6 +94,7 @@ class ModelRunner:
             device,
             by_length=model.spec.length_rope is not None,
             with_types=isinstance(model, Encoder),
+            groups=groups,
         )
         self._states: dict[str, RequestState] = {}
         self.adapters: dict[str, AdapterWeights] = {}  # by digest

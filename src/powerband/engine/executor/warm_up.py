@@ -18,17 +18,25 @@ _CHUNKS = (8, 128, 1024)
 
 @torch.inference_mode()
 def warm_up(
-    forward: Callable[[Inputs], torch.Tensor], *, max_model_len: int, block_size: int, device: torch.device
+    forward: Callable[[Inputs], torch.Tensor],
+    *,
+    max_model_len: int,
+    block_size: int,
+    device: torch.device,
+    groups: int = 1,
 ) -> None:
-    """Chunks short and long, and a decode whose context is short, then one whose context is split."""
+    """Chunks short and long, and a decode whose context is short, then one whose context is split.
+
+    groups: of layers with block tables of their own.
+    """
     for num_tokens in _CHUNKS:
         if num_tokens <= max_model_len:
-            forward(_padding(num_tokens, num_tokens, block_size, device))
+            forward(_padding(num_tokens, num_tokens, block_size, device, groups))
     for context in (1, max_model_len):
-        forward(_padding(1, context, block_size, device))
+        forward(_padding(1, context, block_size, device, groups))
 
 
-def _padding(num_tokens: int, context: int, block_size: int, device: torch.device) -> Inputs:
+def _padding(num_tokens: int, context: int, block_size: int, device: torch.device, groups: int) -> Inputs:
     def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -41,4 +49,5 @@ def _padding(num_tokens: int, context: int, block_size: int, device: torch.devic
         query_starts_host=[0, num_tokens],
         context_lens_host=[context],
     )
+    batch.others = (batch,) * (groups - 1)
     return Inputs(zeros(num_tokens, dtype=torch.int64), zeros(num_tokens, dtype=torch.int64), batch)

@@ -25,10 +25,13 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_keys(cache, tables, positions, end, kv_head, stride_block, stride_head, BLOCK_SIZE: tl.constexpr,
+def _load_keys(cache, tables, positions, first, end, kv_head, stride_block, stride_head, BLOCK_SIZE: tl.constexpr,
                HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """[positions, PAD_DIM] of a cache through a block table; zero where the position or dimension does not exist."""
-    exists = positions < end
+    """[positions, PAD_DIM] of a cache through a block table; zero outside [first, end) and where a dimension is not.
+
+    Before a window the table's blocks may be another request's, whose numbers must not be read.
+    """
+    exists = (positions >= first) & (positions < end)
     block = tl.load(tables + positions // BLOCK_SIZE, mask=exists, other=0).to(tl.int64)
     slot = block * stride_block + kv_head * stride_head + (positions % BLOCK_SIZE) * HEAD_DIM
     dims = tl.arange(0, PAD_DIM)
@@ -128,20 +131,21 @@ def chunk_kernel(q, out, k_cache, v_cache, tables, query_starts, context_lens, s
     acc = tl.zeros([TILE_M, PAD_DIM], dtype=tl.float32)
     position = before + query
     end = before + tl.minimum(first_query + QUERIES, num_queries)
-    begin = 0
+    first = 0
     if WINDOW > 0:
-        begin = tl.maximum(before + first_query - WINDOW + 1, 0) // TILE_N * TILE_N
+        first = tl.maximum(before + first_query - WINDOW + 1, 0)
+    begin = first // TILE_N * TILE_N
     table = tables + (first_row + row).to(tl.int64) * stride_table
     for start in range(begin, end, TILE_N):
         keys_at = start + tl.arange(0, TILE_N)
-        k = _load_keys(k_cache, table, keys_at, end, kv_head, stride_block, stride_head, BLOCK_SIZE, HEAD_DIM, PAD_DIM,
-                       UPCAST)  # fmt: skip
+        k = _load_keys(k_cache, table, keys_at, first, end, kv_head, stride_block, stride_head, BLOCK_SIZE, HEAD_DIM,
+                       PAD_DIM, UPCAST)  # fmt: skip
         visible = keys_at[None, :] <= position[:, None]
         if WINDOW > 0:
             visible &= keys_at[None, :] > position[:, None] - WINDOW
         scores = tl.where(visible, _scores(queries, k, scale, softcap, HAS_SOFTCAP), float("-inf"))
-        v = _load_keys(v_cache, table, keys_at, end, kv_head, stride_block, stride_head, BLOCK_SIZE, HEAD_DIM, PAD_DIM,
-                       UPCAST)  # fmt: skip
+        v = _load_keys(v_cache, table, keys_at, first, end, kv_head, stride_block, stride_head, BLOCK_SIZE, HEAD_DIM,
+                       PAD_DIM, UPCAST)  # fmt: skip
         highest, total, acc = _accumulate(scores, v, highest, total, acc)
     out_at = out + token[:, None] * stride_out_token + head[:, None] * stride_out_head + dims[None, :]
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -183,12 +187,12 @@ def decode_kernel(q, out, partial, partial_lse, k_cache, v_cache, tables, contex
     table = tables + row * stride_table
     for start in range(begin, end, TILE_N):
         keys_at = start + tl.arange(0, TILE_N)
-        k = _load_keys(k_cache, table, keys_at, end, kv_head, stride_block, stride_head, BLOCK_SIZE, HEAD_DIM, PAD_DIM,
-                       UPCAST)  # fmt: skip
+        k = _load_keys(k_cache, table, keys_at, first, end, kv_head, stride_block, stride_head, BLOCK_SIZE, HEAD_DIM,
+                       PAD_DIM, UPCAST)  # fmt: skip
         visible = (keys_at >= first) & (keys_at < end)
         scores = tl.where(visible[None, :], _scores(queries, k, scale, softcap, HAS_SOFTCAP), float("-inf"))
-        v = _load_keys(v_cache, table, keys_at, end, kv_head, stride_block, stride_head, BLOCK_SIZE, HEAD_DIM, PAD_DIM,
-                       UPCAST)  # fmt: skip
+        v = _load_keys(v_cache, table, keys_at, first, end, kv_head, stride_block, stride_head, BLOCK_SIZE, HEAD_DIM,
+                       PAD_DIM, UPCAST)  # fmt: skip
         highest, total, acc = _accumulate(scores, v, highest, total, acc)
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]

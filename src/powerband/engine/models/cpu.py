@@ -66,7 +66,9 @@ class CpuLayers:
         attention: AttentionBackend,
     ) -> None:
         cos, sin = [cos for cos, _ in rotations.values()], [sin for _, sin in rotations.values()]
-        step = (batch.slots, batch.query_starts, batch.context_lens, batch.block_tables, batch.num_decodes)
+        groups = (batch, *batch.others)
+        slots, tables = [one.slots for one in groups], [one.block_tables for one in groups]
+        step = (slots, batch.query_starts, batch.context_lens, tables, batch.num_decodes)
         starts, ends = self._adapters.bounds()
         for part in self._parts:
             if isinstance(part, list):
@@ -86,13 +88,15 @@ def _attention_block(layer: DecoderLayer, attention: CpuAttention, ropes: list[R
     qkv, output = module.qkv.packed_operands(), module.output.packed_operands()
     if qkv is None or output is None or module.q_norm is not None:
         return None
+    group, place = attention.places.find(module.index)
     block: int = torch.ops.powerband.attention_block(
         *_norms(module.eps, layer.attention_norm, layer.attention_post_norm),
         *qkv,
         *output,
         -1 if module.rope is None else ropes.index(module.rope),
         module.head_norm,
-        attention.cache[module.index],
+        attention.cache[place],
+        group,
         *shape_operands(module.shape),
         module.sinks,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from powerband.core.kv_cache import KVCacheManager
 from powerband.core.loop import EngineCore, InFlight
 from powerband.core.request import Request
 from powerband.core.scheduler import Scheduler
@@ -92,14 +93,24 @@ def _may_start(scheduler: Scheduler) -> bool:
         return False
     r = scheduler.waiting[0]
     match = kv.match(r)
-    if kv.fits(r, match, reserve=len(running)):
+    if kv.fits(r, match, running):
+        return True
+    if any(_gives_back(q, kv) for q in running):
         return True
     # The number of free blocks only falls, so it can fit later only by sharing more blocks than now: if a running
     # request computes the very block that comes next in its own prompt.
-    place = len(match.blocks)
-    if not kv.prefix_caching or place >= (len(r.tokens) - 1) // kv.block_size:
+    place, last = len(match.blocks) // kv.num_groups, (len(r.tokens) - 1) // kv.block_size
+    if not kv.prefix_caching or place >= last:
         return False
+    if kv.layout.windowed:  # whoever computes any later block of the prompt may be the one whose windows it needs
+        return any(q.num_published < last and _share_prefix(q, r, q.num_published) for q in running)
     return any(q.num_published <= place and _share_prefix(q, r, place) for q in running)
+
+
+def _gives_back(q: Request, kv: KVCacheManager) -> bool:
+    """Whether a running request still holds more of its windows than decoding needs: its prompt's last chunk."""
+    blocks = len(q.blocks) // kv.num_groups
+    return kv.layout.windowed > 0 and blocks - q.num_passed > kv.layout.blocks_before + 1
 
 
 def _share_prefix(q: Request, r: Request, num_blocks: int) -> bool:

@@ -23,7 +23,6 @@ from powerband.cost.engine_priors import ENGINE_PRIORS
 from powerband.dispatch.backend import ReplicaLoad
 from powerband.planner.simulation.clients import output_start
 from powerband.planner.simulation.fast_forward import advance, ending, steady_rounds
-from powerband.planner.simulation.windowed_cache import WindowedKVCache
 from powerband.spec.deployment import EngineName, Replica
 from powerband.spec.hardware.profile import HostModel
 from powerband.spec.kv_layout import KVLayout
@@ -240,11 +239,7 @@ class SimulatedReplica:
         self.clock = VirtualClock()
         self.inbox = TraceInbox(self.clock, ())
         self.executor = ModelExecutor(self.clock, model, replica, slowdown, seed)
-        kv = (
-            KVCacheManager(num_blocks, block_size, prefix_caching=replica.enable_prefix_caching)
-            if layout is None
-            else WindowedKVCache(num_blocks, layout, prefix_caching=replica.enable_prefix_caching)
-        )
+        kv = KVCacheManager(num_blocks, block_size, prefix_caching=replica.enable_prefix_caching, layout=layout)
         self.scheduler = Scheduler(
             kv,
             _limits(replica, engine),

@@ -122,10 +122,7 @@ def kv_bytes_per_token_per_layer(spec: ModelSpec, kv_dtype: str) -> int:
 
 
 def kv_bytes_per_token(spec: ModelSpec, kv_dtype: str) -> int:
-    """Bytes that one position takes in the cache of all layers.
-
-    Layers with a window count in full: all layers share one block table.
-    """
+    """Bytes that one position takes in the cache of all layers that see it."""
     return spec.num_layers * kv_bytes_per_token_per_layer(spec, kv_dtype)
 
 

@@ -100,10 +100,12 @@ bf16* narrow_scratch(int64_t size) {
     return scratch.get(size);
 }
 
-// What a step gives to all of its layers. cos and sin: one for each kind of rotation that the model has.
+// What a step gives to all of its layers. cos and sin: one for each kind of rotation that the model has. slots and
+// block_tables: one for each group of layers.
 struct Step {
-    const std::vector<Tensor>&cos, &sin;
-    const Tensor &slots, &query_starts, &context_lens, &block_tables;
+    const std::vector<Tensor>&cos, &sin, &slots;
+    const Tensor &query_starts, &context_lens;
+    const std::vector<Tensor>& block_tables;
     int64_t num_decodes;
 };
 
@@ -124,6 +126,7 @@ struct AttentionBlock final : Block {
     int64_t rotation;  // -1: none
     std::optional<Tensor> head_norm;
     Tensor cache;
+    size_t group;  // of layers with block tables of their own
     int64_t num_heads, num_kv_heads;
     double scale;
     int64_t window;
@@ -137,9 +140,11 @@ struct AttentionBlock final : Block {
                   "run_blocks: cos and sin must be given for every kind of rotation");
             cos = step.cos[rotation], sin = step.sin[rotation];
         }
-        const AttentionArguments arguments{cos, sin, head_norm, residual.eps, cache, step.slots, step.query_starts,
-                                           step.context_lens, step.block_tables, step.num_decodes, num_heads,
-                                           num_kv_heads, scale, window, softcap, sinks};
+        check(group < step.slots.size() && group < step.block_tables.size(),
+              "run_blocks: slots and block_tables must be given for every group of layers");
+        const AttentionArguments arguments{cos, sin, head_norm, residual.eps, cache, step.slots[group],
+                                           step.query_starts, step.context_lens, step.block_tables[group],
+                                           step.num_decodes, num_heads, num_kv_heads, scale, window, softcap, sinks};
         const Activations x = residual.input(hidden);
         const int64_t heads_size = num_heads * arguments.head_dim();
         const int64_t qkv_size = heads_size + 2 * num_kv_heads * arguments.head_dim();
@@ -205,7 +210,7 @@ class Blocks {
 int64_t attention_block(std::optional<Tensor> norm, std::optional<Tensor> post_norm, double eps,
                         std::vector<Tensor> qkv, int64_t qkv_group_size, std::vector<Tensor> output,
                         int64_t output_group_size, int64_t rotation, std::optional<Tensor> head_norm, Tensor cache,
-                        int64_t num_heads, int64_t num_kv_heads, double scale, int64_t window, double softcap,
+                        int64_t group, int64_t num_heads, int64_t num_kv_heads, double scale, int64_t window, double softcap,
                         std::optional<Tensor> sinks) {
     check(num_heads > 0 && num_kv_heads > 0 && head_dim_of(cache) > 0, "attention_block: there must be heads");
     auto block = std::make_shared<AttentionBlock>();
@@ -214,7 +219,9 @@ int64_t attention_block(std::optional<Tensor> norm, std::optional<Tensor> post_n
     block->output = {std::move(output), output_group_size};
     block->rotation = rotation;
     block->head_norm = head_norm;
+    check(group >= 0, "attention_block: group must not be negative");
     block->cache = cache;
+    block->group = static_cast<size_t>(group);
     block->num_heads = num_heads, block->num_kv_heads = num_kv_heads;
     block->scale = scale, block->window = window, block->softcap = softcap;
     block->sinks = sinks;
@@ -234,8 +241,8 @@ int64_t mlp_block(std::optional<Tensor> norm, std::optional<Tensor> post_norm, d
 }
 
 void run_blocks(std::vector<int64_t> blocks, Tensor hidden, std::vector<Tensor> cos, std::vector<Tensor> sin,
-                Tensor slots, Tensor query_starts, Tensor context_lens, Tensor block_tables, int64_t num_decodes,
-                std::vector<int64_t> deltas, std::vector<int64_t> delta_starts, std::vector<int64_t> delta_ends) {
+                std::vector<Tensor> slots, Tensor query_starts, Tensor context_lens, std::vector<Tensor> block_tables,
+                int64_t num_decodes, std::vector<int64_t> deltas, std::vector<int64_t> delta_starts, std::vector<int64_t> delta_ends) {
     check(hidden.dim() == 2, "hidden must be [tokens, hidden size]");
     const Hidden rows{mutable_pointer<bf16>(hidden, "hidden"), hidden.size(0), hidden.size(1)};
     const Step step{cos, sin, slots, query_starts, context_lens, block_tables, num_decodes};
@@ -263,14 +270,14 @@ void free_blocks(std::vector<int64_t> blocks) {
 STABLE_TORCH_LIBRARY_FRAGMENT(powerband, m) {
     m.def(
         "attention_block(Tensor? norm, Tensor? post_norm, float eps, Tensor[] qkv, int qkv_group_size, "
-        "Tensor[] output, int output_group_size, int rotation, Tensor? head_norm, Tensor cache, int num_heads, "
+        "Tensor[] output, int output_group_size, int rotation, Tensor? head_norm, Tensor cache, int group, int num_heads, "
         "int num_kv_heads, float scale, int window, float softcap, Tensor? sinks) -> int");
     m.def(
         "mlp_block(Tensor? norm, Tensor? post_norm, float eps, Tensor[] gate_up, int gate_up_group_size, "
         "Tensor[] down, int down_group_size, int intermediate_size, int activation) -> int");
     m.def(
-        "run_blocks(int[] blocks, Tensor(a!) hidden, Tensor[] cos, Tensor[] sin, Tensor slots, Tensor query_starts, "
-        "Tensor context_lens, Tensor block_tables, int num_decodes, int[] deltas=[], int[] delta_starts=[], "
+        "run_blocks(int[] blocks, Tensor(a!) hidden, Tensor[] cos, Tensor[] sin, Tensor[] slots, Tensor query_starts, "
+        "Tensor context_lens, Tensor[] block_tables, int num_decodes, int[] deltas=[], int[] delta_starts=[], "
         "int[] delta_ends=[]) -> ()");
     m.def("free_blocks(int[] blocks) -> ()");
 }
