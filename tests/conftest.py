@@ -53,7 +53,11 @@ def _is_slow(path: Path) -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    return True if config.getoption("--fast") and _is_slow(collection_path) else None
+    """What a part leaves out is not even imported: that takes half a minute in each process."""
+    is_slow = _is_slow(collection_path)
+    if config.getoption("--slow") and collection_path.suffix == ".py" and not is_slow:
+        return True if "pytest.mark.slow" not in collection_path.read_text() else None
+    return True if config.getoption("--fast") and is_slow else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -230,5 +230,6 @@ def test_a_replica_that_hangs_or_still_loads_is_asked_again_while_nobody_waits()
         await asyncio.sleep(0.06)
         assert await lengths.largest(replicas, upstream) == 8192
         assert upstream.asked.count("r0") == 1
+        await asyncio.sleep(0.06)  # until r1 has been asked for the last time
 
     virtually(run)
