@@ -41,7 +41,7 @@ test: $(DEV)  ## the whole proof: check, then slow tests, drills and kernels at 
 	@rm -rf $(COUNTS)
 	@$(MAKE) --no-print-directory check
 	@$(MAKE) --no-print-directory -j 3 slow $(if $(filter tests,$(TESTS)),drill-tests kernels-beside)
-	@$(BIN)/python tests/conftest.py $(COUNTS)
+	@$(BIN)/python -m pytest --add-counts $(COUNTS) tests/test_architecture.py
 
 # Files as tests/slow_files.txt orders them: those that take longest come first, so that no process ends long after the others.
 # More processes than two processors: what waits for a server, a load or a drill leaves them to others.

@@ -1,9 +1,10 @@
 """What structured output costs: time per output token with a schema and without, and the delay of a new schema.
 
-    python benchmarks/structured.py [--layers 24 --hidden 896] [--rounds 5]
+    python benchmarks/structured.py [--layers 24 --hidden 896] [--rounds 5] [--vllm VENV/bin/python]
 
 Steps are measured in one engine with random weights in the shape of a small model, with a vocabulary trained on
-Python's standard library: batches with a schema and without take turns. The delay is measured over HTTP at the demo
+Python's standard library: batches with a schema and without take turns. An answer of long keys shows what is gained by
+tokens that a schema forces, which take no step of their own. The delay is measured over HTTP at the demo
 model: the first token of requests that each bring a schema of 10 kB which is new, beside requests without, and the gaps
 between the tokens of another stream meanwhile.
 """
@@ -21,6 +22,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,16 @@ RECORD = {
     "required": ["id", "name", "kind"],
     "additionalProperties": False,
 }
-ENDLESS = StructuredOutputsParams(json={"type": "array", "items": RECORD, "minItems": 10_000})
+_MANY = {"type": "array", "items": RECORD, "minItems": 10_000}
+ENDLESS = StructuredOutputsParams(json=_MANY)
+_NAMES = ("customer_identifier", "delivery_is_insured", "number_of_parcels", "requires_a_signature", "warehouse_number")
+_VALUES = ({"type": "boolean"}, {"enum": ["standard", "express"]})
+_FIXED = {f"{name}_{part}": _VALUES[i % 2] for i, name in enumerate(_NAMES) for part in ("of_order", "of_return")}
+KEYS = StructuredOutputsParams(
+    json={"type": "object", "properties": _FIXED, "required": list(_FIXED), "additionalProperties": False},
+    disable_any_whitespace=True,
+)
+IN_ONE_LINE = StructuredOutputsParams(json=_MANY, disable_any_whitespace=True)
 
 
 def make_model(folder: Path, args: argparse.Namespace) -> None:
@@ -81,11 +92,37 @@ def make_model(folder: Path, args: argparse.Namespace) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def step_seconds(llm: LLM, batch: int, form: StructuredOutputsParams | None, seed: int) -> list[float]:
-    """Of the steps that decode the whole batch."""
+SIDES = {"without a schema": None, "with one": ENDLESS, "with one, in one line": IN_ONE_LINE}
+
+
+@dataclass
+class Taken:
+    """Times of one side."""
+
+    steps: list[float] = field(default_factory=list)  # of those that decode the whole batch, a token each
+    seconds: float = 0.0  # of all steps
+    num_tokens: int = 0  # that they put out for each answer
+
+    @property
+    def figures(self) -> tuple[float, float]:
+        return self.step_ms, self.token_ms
+
+    @property
+    def step_ms(self) -> float:
+        return 1e3 * statistics.median(self.steps)
+
+    @property
+    def token_ms(self) -> float:
+        """All steps' time by the tokens of one answer: several at once where a form forces them."""
+        return 1e3 * self.seconds / self.num_tokens
+
+
+def measure(llm: LLM, batch: int, form: StructuredOutputsParams | None, seed: int, taken: Taken) -> None:
+    """One batch of answers, added to `taken`."""
     seconds: list[float] = []
 
     def observe(record: StepRecord) -> None:
+        taken.seconds += record.exclusive_s
         if record.step.num_tokens == len(record.step.works) == batch:
             seconds.append(record.exclusive_s)
 
@@ -95,7 +132,44 @@ def step_seconds(llm: LLM, batch: int, form: StructuredOutputsParams | None, see
         for i in range(batch)
     ]
     llm.generate([[5 + i, 6, 7] for i in range(batch)], params, use_tqdm=False)
-    return seconds[4:]
+    taken.steps += seconds[2:]
+    taken.num_tokens += TOKENS
+
+
+def forced(llm: LLM, args: argparse.Namespace) -> None:
+    """An answer that is mostly keys: with the tokens that they force in one step, and one by one."""
+    times: dict[str, list[float]] = {"forced": [], "one by one": []}
+    num_tokens = num_steps = 0
+
+    def observe(_record: StepRecord) -> None:
+        nonlocal num_steps
+        num_steps += 1
+
+    llm._engine.core.observer = observe
+    for turn in range(args.rounds + 1):
+        for name, logprobs in (("forced", None), ("one by one", 0)):  # log-probabilities are of each token
+            num_steps, began_s = 0, time.perf_counter()
+            params = SamplingParams(
+                temperature=0.8, seed=turn, max_tokens=200, structured_outputs=KEYS, logprobs=logprobs
+            )
+            [result] = llm.generate([[5, 6, 7]], params, use_tqdm=False)
+            if turn:
+                times[name].append(time.perf_counter() - began_s)
+            num_tokens = len(result.outputs[0].token_ids)
+            counts = f"{num_tokens} tokens in {num_steps} steps"
+            if turn == args.rounds:
+                print(f"an object of ten long keys, {name:10}: {counts}, {statistics.median(times[name]):.3f} s")
+
+
+def show(who: str, batch: int, found: dict[str, Taken]) -> None:
+    plain = found["without a schema"]
+    for name, one in found.items():
+        step, token = (100 * (a / b - 1) for a, b in zip(one.figures, plain.figures, strict=True))
+        print(
+            f"{who}, batch {batch:3}, {name:22} {one.step_ms:8.2f} ms a step of one token each ({step:+.1f} %), "
+            f"{one.token_ms:8.2f} ms an output token ({token:+.1f} %)",
+            flush=True,
+        )
 
 
 def steps(args: argparse.Namespace) -> None:
@@ -104,19 +178,35 @@ def steps(args: argparse.Namespace) -> None:
         settings: dict[str, Any] = {"max_num_seqs": 32, "max_model_len": 256, "kv_cache_memory": "1GiB"}
         with LLM(name, load_format="dummy", device="cpu", dtype=args.dtype, **settings) as llm:
             print(f"shape {args.layers} x {args.hidden}, {llm.get_tokenizer().vocab_size} tokens, {llm.settings.dtype}")
+            forced(llm, args)
             for batch in args.batches:
-                with_form: list[float] = []
-                without: list[float] = []
+                found = {side: Taken() for side in SIDES}
                 for turn in range(args.rounds + 1):
-                    for form, into in ((None, without), (ENDLESS, with_form)):
-                        found = step_seconds(llm, batch, form, 1000 * turn)
-                        into += found if turn else []  # the first turn warms up
-                ms, plain = 1e3 * statistics.median(with_form), 1e3 * statistics.median(without)
-                print(
-                    f"batch {batch:3}: {plain:8.2f} ms a token without a schema, {ms:8.2f} ms with one "
-                    f"({100 * (ms / plain - 1):+.1f} %)",
-                    flush=True,
-                )
+                    for side, form in SIDES.items():  # the first turn warms up
+                        measure(llm, batch, form, 1000 * turn, found[side] if turn else Taken())
+                show("ours", batch, found)
+        if args.vllm is not None:
+            peer_steps(name, args)
+
+
+def peer_steps(folder: str, args: argparse.Namespace) -> None:
+    """The same in vLLM, whose backend for grammars is its default."""
+    forms = {
+        side: None if form is None else {"json": form.json, "disable_any_whitespace": form.disable_any_whitespace}
+        for side, form in SIDES.items()
+    }
+    script = Path(__file__).with_name("structured_vllm.py")
+    command = [args.vllm, script, folder, str(args.rounds), str(TOKENS), *map(str, args.batches)]
+    done = subprocess.run(
+        command, input=json.dumps(forms), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
+    )
+    for batch, sides in json.loads(done.stdout.splitlines()[-1]).items():
+        found = {}
+        for side, taken in sides.items():
+            decodes = [seconds for seconds, tokens in taken if tokens == int(batch)]
+            num_tokens = sum(tokens for _, tokens in taken) // int(batch)
+            found[side] = Taken(decodes, sum(seconds for seconds, _ in taken), num_tokens)
+        show("vLLM", int(batch), found)
 
 
 def new_schema(chance: random.Random) -> dict[str, Any]:
@@ -136,10 +226,20 @@ def new_schema(chance: random.Random) -> dict[str, Any]:
     return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
 
 
-async def first_token_s(client: httpx.AsyncClient, prompt: str, form: Any) -> float:
-    body = {"prompt": prompt, "max_tokens": 2, "stream": True, "structured_outputs": form}
+def bodies(count: int, name: str, chance: random.Random | None) -> list[bytes]:
+    """Of requests, each with a new schema if there is `chance`. They are made before anything is measured."""
+    made = []
+    for i in range(count):
+        form = None if chance is None else {"json": new_schema(chance)}
+        body = {"prompt": f"{i} {name}", "max_tokens": 2, "stream": True, "structured_outputs": form}
+        made.append(json.dumps(body).encode())
+    return made
+
+
+async def first_token_s(client: httpx.AsyncClient, body: bytes) -> float:
     began_s = time.perf_counter()
-    async with client.stream("POST", "/v1/completions", json=body) as answer:
+    headers = {"content-type": "application/json"}
+    async with client.stream("POST", "/v1/completions", content=body, headers=headers) as answer:
         async for line in answer.aiter_lines():
             if line.startswith("data: {"):
                 return time.perf_counter() - began_s
@@ -164,17 +264,19 @@ async def gaps_s(client: httpx.AsyncClient, done: asyncio.Event) -> list[float]:
 async def delays(url: str) -> None:
     chance = random.Random(os.getpid())
     async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-        await first_token_s(client, "x", {"json": new_schema(chance)})  # starts the worker
+        for body in bodies(1, "first", chance):  # starts the worker
+            await first_token_s(client, body)
         plain, formed = [], []
-        for i in range(24):
-            plain.append(await first_token_s(client, f"{i} plain", None))
-            formed.append(await first_token_s(client, f"{i} formed", {"json": new_schema(chance)}))
+        for without, with_form in zip(bodies(24, "plain", None), bodies(24, "formed", chance), strict=True):
+            plain.append(await first_token_s(client, without))
+            formed.append(await first_token_s(client, with_form))
+        beside_it = bodies(24, "beside", chance)
         quiet, busy = asyncio.Event(), asyncio.Event()
         asyncio.get_running_loop().call_later(4, quiet.set)
         alone = await gaps_s(client, quiet)
         others = asyncio.create_task(gaps_s(client, busy))
-        for i in range(24):
-            await first_token_s(client, f"{i} beside", {"json": new_schema(chance)})
+        for body in beside_it:
+            await first_token_s(client, body)
         busy.set()
         beside = await others
     plain_ms, formed_ms = (1e3 * statistics.median(values) for values in (plain, formed))
@@ -210,6 +312,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--vllm", type=Path, help="python of an environment with vLLM, to measure it, too")
     args = parser.parse_args()
     steps(args)
     over_http()

@@ -2,16 +2,15 @@
 counts are added up.
 
 `--fast` leaves out what takes seconds; `--slow` runs just that. `--save-counts FILE` keeps how many tests passed;
-`python tests/conftest.py FOLDER` prints the sum of such files.
+`--add-counts FOLDER` runs no test, and its last line counts those of all such files.
 """
 
 from __future__ import annotations
 
 import json
 import signal
-import sys
-from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -39,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run only what --fast leaves out")
     parser.addoption("--fewer-cases", action="store_true", help="of kernels: see engine/cpu_kernels/conftest.py")
     parser.addoption("--save-counts", type=Path, metavar="FILE", help="write how many tests passed")
+    parser.addoption("--add-counts", type=Path, metavar="FOLDER", help="run no test, and count those of earlier runs")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,6 +58,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     is_slow = {item: _is_slow(item.path) or item.get_closest_marker("slow") is not None for item in items}
+    if config.getoption("--add-counts"):
+        items.clear()
     if config.getoption("--fast"):
         items[:] = [item for item in items if not is_slow[item]]
     if config.getoption("--slow"):
@@ -81,31 +83,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A package may have only fast tests, or only slow ones."""
-    is_part = session.config.getoption("--fast") or session.config.getoption("--slow")
-    if is_part and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+    may_be_none = any(map(session.config.getoption, ("--fast", "--slow", "--add-counts")))
+    if may_be_none and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         session.exitstatus = pytest.ExitCode.OK
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    stats = terminalreporter.stats
     if file := config.getoption("--save-counts"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        counts = {outcome: len(terminalreporter.stats.get(outcome, ())) for outcome in COUNTED}
-        file.write_text(json.dumps(counts))
-
-
-def print_counts(folder: Path) -> None:
-    """A line for each part of the tests, and one for all of them."""
-    total: Counter[str] = Counter()
-    for path in sorted(folder.glob("*.json")):
-        counts = Counter(json.loads(path.read_text()))
-        total += counts
-        print(f"{path.stem}: {_shown(counts)}")
-    print(f"all tests: {_shown(total)}")
-
-
-def _shown(counts: Counter[str]) -> str:
-    return ", ".join(f"{counts[outcome]} {outcome}" for outcome in COUNTED if counts[outcome])
-
-
-if __name__ == "__main__":
-    print_counts(Path(sys.argv[1]))
+        file.write_text(json.dumps({outcome: len(stats.get(outcome, ())) for outcome in COUNTED}))
+    if folder := config.getoption("--add-counts"):
+        for path in sorted(folder.glob("*.json")):
+            counts = {outcome: count for outcome, count in json.loads(path.read_text()).items() if count}
+            shown = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+            terminalreporter.write_line(f"{path.stem}: {shown}")
+            for outcome, count in counts.items():
+                stats.setdefault(outcome, []).extend(SimpleNamespace(count_towards_summary=True) for _ in range(count))

@@ -69,6 +69,7 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 MAX_START = 6.5  # of any command, in times of `import asyncio`: half a second
 MAX_PACKAGE_FILES = 15
+MAX_COMMAND_LINES = 3500  # of all commands together, which parse, call one thing and print
 
 
 @functools.cache
@@ -162,6 +163,11 @@ def test_files_and_functions_are_small() -> None:
                 if length > MAX_FUNCTION_LINES:
                     wrong.append(f"{show(path)}:{node.lineno}: {node.name} has {length} lines")
     fail_with(wrong)
+
+
+def test_commands_stay_thin() -> None:
+    lines = sum(len(path.read_text().splitlines()) for path in FILES if room(module_name(path)) == "cli")
+    assert lines <= MAX_COMMAND_LINES, "move what is not parsing and printing to the room that it is about"
 
 
 def test_nothing_runs_data_as_code_or_asserts() -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections import Counter
+from itertools import pairwise
 from statistics import median
 
 import pytest
@@ -37,7 +38,11 @@ def test_latencies_are_those_of_the_script(endpoint: Endpoint) -> None:
     assert is_close(run.median("ttft"), 0.060)
     assert is_close(run.median("service_ttft"), 0.060)
     assert is_close(run.median("tpot"), 0.008)
-    assert 0.008 <= run.median("stall") < 0.012, "the longest of eleven gaps, on a machine that others use, too"
+    # The longest gap of each answer, beside that of the server: on a busy machine both are longer than the script's.
+    written = [record.written_s for _, record in run.pairs()]
+    longest_s = median(max(after - before for before, after in pairwise(times)) for times in written)
+    assert is_close(run.median("stall"), longest_s)
+    assert longest_s >= 0.008
     assert is_close(run.median("e2e"), 0.060 + 11 * 0.008)
     assert is_close(median(run.samples[0].record().itl_samples_s()), 0.008)
     assert {sample.output_tokens for sample in run.samples} == {12}
@@ -96,17 +101,18 @@ def test_a_stall_of_the_server_is_in_the_figures_of_the_requests_that_came_in_it
     script = Behavior(ttft_s=0.020, tpot_s=0.002, stall_at_s=1.0, stall_s=2.0)
     run = load(script, schedule_of(40, 5.0, output=4))
 
-    assert run.records[0].arrived_s - run.start_at < 0.1
+    assert run.records[0].arrived_s - run.start_at < 0.1 + close_s()
     for sample in run.samples:
         into_s = sample.scheduled_s - run.samples[0].scheduled_s - 1.0
         ttft_s = sample.record().ttft_s
         assert ttft_s is not None
         if 0.05 < into_s < 1.9:
-            assert abs(ttft_s - (2.0 - into_s + 0.020)) < 0.1
+            assert abs(ttft_s - (2.0 - into_s + 0.020)) < 0.1 + close_s()
     ttfts = [sample.record().ttft_s or 0.0 for sample in run.samples]
     assert percentile(ttfts, 90) > 1.2
-    assert percentile(ttfts, 50) < 0.1
-    assert run.summary().client_fault == "", "the client went on sending: the stall is the server's"
+    assert percentile(ttfts, 50) < 0.1 + close_s()
+    late_s = [sample.sent_s - sample.scheduled_s for sample in run.samples]
+    assert median(late_s) < close_s(), "the client went on sending: the stall is the server's"
 
     slo = SLO(ttft_s=0.5, attainment=0.9)
     summary = run.summary(slo)
@@ -119,7 +125,7 @@ def test_a_stall_of_the_server_is_in_the_figures_of_the_requests_that_came_in_it
     taken = [
         sample.record().e2e_s or 0.0 for sample in naive.samples
     ]  # the stall may come before or after the first token
-    assert percentile(taken, 95) < 0.1, "it hardly notices that for 2 s of 5 nothing moved"
+    assert percentile(taken, 95) < 0.1 + close_s(), "it hardly notices that for 2 s of 5 nothing moved"
     assert max(taken) > 1.5
 
 

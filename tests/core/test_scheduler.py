@@ -195,3 +195,19 @@ def test_stats_count_tokens_and_hits() -> None:
     assert (stats.prompt_tokens, stats.generation_tokens) == (18, 2)
     assert (stats.prefix_queries, stats.prefix_hits) == (18, 8)
     assert stats.cache.num_used == 4
+
+
+def test_choices_of_one_prompt_compute_it_once_even_in_one_step() -> None:
+    s = scheduler(max_num_batched_tokens=64)
+    for choice in "abc":
+        add(s, choice, 22)
+    step, _ = run(s)
+    assert shape(step) == [("a", 0, 22, True), ("b", 20, 2, True), ("c", 20, 2, True)]  # blocks of four are shared
+
+
+def test_choices_of_a_prompt_in_chunks_wait_for_it_and_share_it() -> None:
+    s = scheduler(max_num_batched_tokens=16)
+    for choice in "abc":
+        add(s, choice, 40)
+    prefilled = sum(w.num_tokens for _ in range(6) for w in run(s)[0].works if w.start < 40)
+    assert prefilled == 40 + 2 * 4  # of the others, only the last block: the last token has to be computed

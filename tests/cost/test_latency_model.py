@@ -54,6 +54,20 @@ def model(profile: DeviceProfile = HOPPER, spec: ModelSpec | None = None, **layo
     return LatencyModel(spec or llama(), profile, Replica(device="x", max_model_len=8192, **layout), "vllm")
 
 
+def test_grammars_cost_the_host_some_microseconds_for_each_request_and_our_engine_its_overlap() -> None:
+    replica = Replica(device="x", max_model_len=8192)
+    cpu = replace(HOPPER, kind="cpu")
+    for profile, extra_s in ((HOPPER, 4e-6), (cpu, 12e-6)):
+        for engine, overlaps in (("powerband", False), ("sglang", True), ("vllm", False)):
+            free, bound = (
+                LatencyModel(llama(), profile, replica, engine, constrained=constrained)
+                for constrained in (False, True)
+            )
+            assert bound.host.per_request_s - free.host.per_request_s == pytest.approx(extra_s)
+            assert bound.host.overlapped is overlaps
+            assert bound.step_s(STEPS[1], 64) == free.step_s(STEPS[1], 64)
+
+
 def test_a_decode_alone_takes_as_long_as_reading_the_weights() -> None:
     read_s = 7.5e9 * 2 / 3.35e12
     assert 1.05 * read_s < model().step_s([(1, 100)], 1) < 1.6 * read_s

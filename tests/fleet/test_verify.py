@@ -118,6 +118,15 @@ def test_a_miss_that_may_be_chance_is_unclear() -> None:
     assert verified(*(sample(i, ttft_s=0.5 if i < 2 else 0.05) for i in range(20))).verdict == "unclear"
 
 
+def test_few_requests_that_keep_the_promise_are_said_to_be_few() -> None:
+    """Wilson's interval of n of n begins above 95 % from n = 73 on."""
+    few = "\n".join(verification_lines(verified(*(sample(i) for i in range(20)))))
+    assert "The promise is kept: 20 requests" in few
+    assert "So few may keep it by chance; 73 tell more: --verify-seconds 8." in few
+    enough = verification_lines(verified(*(sample(i) for i in range(100))))
+    assert "by chance" not in "\n".join(enough)
+
+
 def test_a_run_with_a_late_client_is_invalid() -> None:
     found = verified(*(sample(i, sent_s=i / 10 + 0.04, ttft_s=0.09) for i in range(50)))
     assert found.verdict == "invalid"

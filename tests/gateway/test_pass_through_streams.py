@@ -209,3 +209,27 @@ def test_a_client_that_leaves_is_charged_for_what_it_received(gateway: RunningGa
         assert (record["request"]["tenant"], record["status"], record["record"]["outcome"]) == (key, 499, "aborted")
         assert record["record"]["output_tokens"] == 2
         assert record["is_estimate"]
+
+
+@pytest.mark.parametrize(
+    ("at_start", "at_end"),
+    [
+        ({"input_tokens": 5, "output_tokens": 1}, {"output_tokens": 9}),  # Anthropic's own
+        ({"input_tokens": 5, "output_tokens": 0}, {"input_tokens": 0, "output_tokens": 9}),
+        ({"input_tokens": 2, "cache_read_input_tokens": 3, "output_tokens": 1}, {"output_tokens": 9}),
+        ({"input_tokens": 0, "output_tokens": 0}, {"input_tokens": 5, "output_tokens": 9}),
+    ],
+)
+def test_usage_is_what_the_start_and_the_end_of_a_message_report_together(
+    gateway: RunningGateway, at_start: Event, at_end: Event
+) -> None:
+    def respond(path: str, body: Event) -> bytes:
+        events = vllm_replica.STREAMS[path](body)
+        events[0]["message"]["usage"], events[-2]["usage"] = at_start, at_end
+        return b"".join((CHUNKED, *as_frames(events), END))
+
+    with serving(gateway, respond):
+        stream(gateway, "/v1/messages")
+        record = last_record(gateway)["record"]
+        assert (record["prompt_tokens"], record["output_tokens"]) == (5, 9)
+        assert record["cached_tokens"] == at_start.get("cache_read_input_tokens", 0)

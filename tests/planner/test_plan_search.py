@@ -155,6 +155,19 @@ def test_the_closed_form_is_near_the_simulation() -> None:
     assert fmean(ratios) == pytest.approx(1.0, abs=0.25)
 
 
+def test_answers_with_a_grammar_take_a_little_longer() -> None:
+    def tpots_s(**mix: Any) -> tuple[float, float]:
+        asked = plan_request("A100-80G", engines=("powerband",), mix=replace(MIX, **mix))
+        [kind, *_], _ = replica_options(asked.spec, asked.stored, asked.space)
+        [unit, *_] = sized_replicas(asked, [kind], request_tokens(asked.schedule(4.0, 300)), 1.0)
+        guess = estimate(asked, unit, 1)
+        played = run_simulation_task(asked, SimulationTask(guess.deployment, asked.rate, 60))
+        return guess.figures["tpot_mean_s"].value, played.figures["tpot_mean_s"]
+
+    for free_s, bound_s in zip(tpots_s(), tpots_s(form="structured"), strict=True):
+        assert 1.005 < bound_s / free_s < 1.1
+
+
 def test_a_candidate_in_closed_form_takes_a_few_milliseconds_at_most() -> None:
     """The project's goal is one; benchmarks/planner_speed.py measures it. Steps are what costs: they are counted."""
     asked, calls = plan_request("A100-80G"), 0

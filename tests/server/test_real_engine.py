@@ -144,3 +144,27 @@ def test_a_form_that_cannot_be_followed_is_a_400_that_names_the_place(
 ) -> None:
     answer = server.post(path, **body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("n", [2, 7])  # there are four seats: some choices wait
+def test_the_choices_of_a_prompt_compute_it_once(server: RunningServer, n: int) -> None:
+    def count(what: str) -> float:
+        return server.figure(f"powerband_prefix_cache_{what}_total")
+
+    before = count("queries"), count("hits")
+    prompt = [300 + 7 * n + place for place in range(100)]
+    answer = server.post("/v1/completions", prompt=prompt, max_tokens=3, n=n, temperature=1.0)
+    assert len(answer.json()["choices"]) == n
+    queries, hits = count("queries") - before[0], count("hits") - before[1]
+    assert (queries, hits) == (100 * n, 96 * (n - 1))  # all but the last block of sixteen
+    assert answer.json()["usage"]["prompt_tokens"] == 100
+
+
+def test_the_answers_of_a_prompt_in_python_compute_it_once() -> None:
+    with LLM("demo", **SETTINGS) as llm:
+        core, steps = llm._engine.core, []
+        schedule = core.scheduler.schedule
+        core.scheduler.schedule = lambda now: steps.append(schedule(now)) or steps[-1]  # type: ignore[method-assign]
+        llm.generate([list(range(300, 400))], SamplingParams(n=4, max_tokens=2, temperature=1.0), use_tqdm=False)
+    prefilled = sum(work.num_tokens for step in steps if step is not None for work in step.works if work.start < 100)
+    assert prefilled == 100 + 3 * 4

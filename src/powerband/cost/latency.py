@@ -61,7 +61,16 @@ class LatencyModel:
     Raises UsageError for a precision that the device cannot compute in and for heads that ranks cannot share.
     """
 
-    def __init__(self, spec: ModelSpec, profile: DeviceProfile, replica: Replica, engine: EngineName) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        profile: DeviceProfile,
+        replica: Replica,
+        engine: EngineName,
+        *,
+        constrained: bool = False,
+    ) -> None:
+        """constrained: every answer has a grammar (Workload.constrains_answers)."""
         self._profile, self._replica, self._engine = profile, replica, engine
         self._assumed = assumed = ENGINE_PRIORS[engine]
         self._shapes = RankShapes.of(spec, replica)
@@ -69,7 +78,8 @@ class LatencyModel:
         self.num_stages = replica.pipeline_parallel
         refined = _refinement(spec, profile, replica, engine)
         own_host = refined.host if refined is not None else None
-        self.host: HostModel = own_host or profile.host.get(engine) or assumed.host
+        host = own_host or profile.host.get(engine) or assumed.host
+        self.host: HostModel = assumed.host_with_grammars(host, is_cpu=profile.kind == "cpu") if constrained else host
         self._measured = MeasuredStepTimes(refined.steps) if refined is not None else None
         self._measured_error = refined.evidence.error if refined is not None else 0.0
         expert_format: Quantization = replica.quantization

@@ -47,6 +47,7 @@ class Verification:
     verdict: RunVerdict
     fault: str  # why the run is not valid evidence; '': it is
     requests: int
+    min_requests: int  # with fewer, chance may keep the promise although too few requests meet the SLO
     errors: int
     seconds: float
     report: str = ""
@@ -113,10 +114,16 @@ def check_report(plan: Plan, report: RunReport, load: LoadResult, report_path: s
         verdict=verdict,
         fault=point.client.fault,
         requests=summary.scheduled,
+        min_requests=_min_requests(plan.slo.attainment),
         errors=errors,
         seconds=summary.window.seconds,
         report=report_path,
     )
+
+
+def _min_requests(attainment: float) -> int:
+    """Number of requests that, all within the SLO, show the attainment: Wilson's 95 % interval begins above it."""
+    return 1 if attainment >= 1 else math.ceil(1.96**2 * attainment / (1 - attainment))
 
 
 def _attainment(plan: Plan, summary: Summary, *, is_saturated: bool) -> CheckedFigure:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from powerband.cost.engine_priors import ENGINE_PRIORS
-from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
 from powerband.planner.candidates import ReplicaOption
 from powerband.planner.closed_form import HELD_OUTPUT, ClosedForm, StepTimes
@@ -49,7 +48,7 @@ def sized_replicas(
         caching: mean_tokens(requests, caching=caching, percentile=percentile, turns=turns) for caching in (True, False)
     }
     for kind in kinds:
-        model = LatencyModel(plan_request.spec, plan_request.profile(kind.replica.device), kind.replica, kind.engine)
+        model = plan_request.latency_model(kind.replica, kind.engine)
         times = StepTimes(model, weights[kind.replica.enable_prefix_caching], kind.replica.draft_tokens)
         band = model.band
         for seats, budget in LIMITS:

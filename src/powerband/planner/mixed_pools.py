@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import permutations
 
-from powerband.cost.latency import LatencyModel
 from powerband.planner.closed_form import StepTimes
 from powerband.planner.estimates import SizedReplica, binding, deployment_price, estimate_figures, notes, size_replica
 from powerband.planner.plan_request import PlanRequest, WorkloadStats, mean_tokens
@@ -83,7 +82,7 @@ def _sized_for(
 ) -> tuple[SizedReplica, float] | None:
     """The unit under some of the requests, and their share."""
     replica, kind = unit.replica, unit.kind
-    model = LatencyModel(plan_request.spec, plan_request.profile(replica.device), replica, kind.engine)
+    model = plan_request.latency_model(replica, kind.engine)
     found = mean_tokens(
         side, caching=replica.enable_prefix_caching, percentile=plan_request.slo.attainment, turns=turns, of=of
     )

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from powerband.cost.latency import LatencyModel
 from powerband.planner.candidates import SearchSpace
 from powerband.planner.results import Objective
-from powerband.spec.deployment import EngineName, Quantization
+from powerband.spec.deployment import EngineName, Quantization, Replica
 from powerband.spec.hardware.profile import DeviceProfile
 from powerband.spec.model.checkpoint_precision import CheckpointPrecision
 from powerband.spec.model.model_spec import ModelSpec
@@ -61,6 +62,11 @@ class PlanRequest:
 
     def profile(self, name: str) -> DeviceProfile:
         return next(profile for profile in self.profiles if profile.name == name)
+
+    def latency_model(self, replica: Replica, engine: EngineName) -> LatencyModel:
+        """Of this workload's steps. Raises UsageError for what the device cannot compute."""
+        constrained = self.workload.constrains_answers
+        return LatencyModel(self.spec, self.profile(replica.device), replica, engine, constrained=constrained)
 
     def schedule(self, rate: float, num_requests: int) -> Schedule:
         """The workload at a rate. A trace at its own times is played so much faster or slower."""

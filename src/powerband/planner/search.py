@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-from powerband.cost.latency import LatencyModel
 from powerband.errors import UsageError
 from powerband.planner.candidates import option_name, replica_options
 from powerband.planner.correction import corrected
@@ -387,10 +386,7 @@ def _task(plan_request: PlanRequest, evaluation: Evaluation, rate: float) -> Sim
 
 
 def _band(plan_request: PlanRequest, deployment: Deployment) -> float:
-    return max(
-        LatencyModel(plan_request.spec, plan_request.profile(pool.replica.device), pool.replica, deployment.engine).band
-        for pool in deployment.pools
-    )
+    return max(plan_request.latency_model(pool.replica, deployment.engine).band for pool in deployment.pools)
 
 
 def _nothing_fits(plan_request: PlanRequest, pruned: Sequence[Pruned]) -> UsageError:

@@ -172,7 +172,7 @@ def throughput_text(point: Point) -> str:
 def outcomes_text(point: Point) -> str:
     counts = point.summary.outcomes
     parts = [f"{counts[name]:,} {shown}" for name, shown in OUTCOMES.items() if name in counts]
-    text = f"{count_text(point.summary.scheduled, 'request')} that count: {', '.join(parts) or 'none'}"
+    text = f"{count_text(point.summary.scheduled, 'counted request')}: {', '.join(parts) or 'none'}"
     if point.unsent:
         text += f"; {point.unsent:,} more were planned and not due before the end"
     if point.cut is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json as json_format
 import sys
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -15,6 +14,7 @@ from powerband.cli.gateway.admin_api import GatewayFlags, find_gateway
 from powerband.cli.service.names import Service
 from powerband.cli.tables import print_table
 from powerband.errors import UsageError
+from powerband.gateway.observability.account_tables import key_rows
 
 if TYPE_CHECKING:
     from powerband.http_client.admin_client import AdminClient
@@ -97,7 +97,7 @@ def show_all(service: Service = None, /, *, gateway: GatewayFlags | None = None,
     if json:
         print(json_format.dumps(keys, indent=2))
         return 0
-    print_table([_HEADINGS, *map(_row, keys)])
+    print_table(key_rows(keys))
     return 0
 
 
@@ -147,7 +147,7 @@ def _changed(key: dict[str, Any], *, as_json: bool) -> int:
     if as_json:
         print(json_format.dumps(key, indent=2))
     else:
-        print_table([_HEADINGS, _row(key)])
+        print_table(key_rows([key]))
     return 0
 
 
@@ -178,42 +178,3 @@ def _seconds(text: str) -> float:
     if unit is None or not text[:-1].isascii() or not text[:-1].isdigit() or not int(text[:-1]):
         raise UsageError(f"--expires is {text!r}.", hint="A number and m, h or d, such as 90d.", param="expires")
     return float(int(text[:-1]) * unit)
-
-
-_HEADINGS = ["id", "name", "begins", "scopes", "state", "requests/min", "tokens/min", "at once", "USD", "models"]
-
-
-def _row(key: dict[str, Any]) -> list[str]:
-    limits, used = key["limits"], key["used"]
-    spend = f"{used['usd']:.4g}"
-    if limits["usd"] is not None:
-        spend += f" of {limits['usd']:g} {'a month' if limits['usd_period'] == 'month' else 'in all'}"
-    return [
-        key["id"],
-        key["name"],
-        f"{key['prefix']}…",
-        ",".join(key["scopes"]),
-        _state(key),
-        _used_of_limit(used["requests_last_min"], limits["requests_per_min"]),
-        _used_of_limit(used["tokens_last_min"], limits["tokens_per_min"]),
-        _used_of_limit(used["running"], limits["max_concurrency"]),
-        spend,
-        ",".join(limits["models"]) or "all",
-    ]
-
-
-def _used_of_limit(used: int, limit: int | None) -> str:
-    return f"{used:,}" if limit is None else f"{used:,} of {limit:,}"
-
-
-def _state(key: dict[str, Any]) -> str:
-    if key["revoked_at"] is not None:
-        return f"revoked {_date(key['revoked_at'])}"
-    if key["expires_at"] is None:
-        return "valid"
-    over = key["expires_at"] <= datetime.now(UTC).timestamp()
-    return f"{'expired' if over else 'until'} {_date(key['expires_at'])}"
-
-
-def _date(at: float) -> str:
-    return datetime.fromtimestamp(at).astimezone().strftime("%Y-%m-%d %H:%M")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_format
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ from powerband.cli.gateway.admin_api import GatewayFlags, find_gateway
 from powerband.cli.service.names import Service
 from powerband.cli.tables import print_table
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.metrics.logging import one_line
+from powerband.gateway.observability.account_tables import audit_rows, usage_rows
 from powerband.spec.quantities import count_text
 
 _PAGE = 1000
@@ -47,9 +46,7 @@ def usage(
     elif csv is not None:
         _write_csv(csv, found)
     else:
-        total = {**found["total"], "key_name": "total"}
-        rows = found["data"] if not found["by"] else [*found["data"], total]
-        print_table([_headings(found["by"]), *(_row(found["by"], row) for row in rows)])
+        print_table(usage_rows(found))
     _warn(found.get("database") or found["books"])  # a gateway of the version before has only the latter
     return 0
 
@@ -72,9 +69,7 @@ def audit(
     if json:
         print(json_format.dumps({**answer, "data": entries}, indent=2))
     else:
-        columns = ("actor", "action", "what")
-        shown = [[str(one["seq"]), _date(one["at"]), *(one_line(one[name]) for name in columns)] for one in entries]
-        print_table([["number", "time", "who", "action", "what"], *shown])
+        print_table(audit_rows(entries))
     if answer["broken_at"] is None:
         return 0
     print(f"The hash chain is broken: entry {answer['broken_at']} was changed or is missing.", file=sys.stderr)
@@ -96,48 +91,6 @@ def _write_csv(path: Path, found: dict[str, Any]) -> None:
         raise EnvironmentFault(f"Cannot write {path}: {error.strerror}.", param="csv") from None
 
 
-def _headings(by: list[str]) -> list[str]:
-    figures = (
-        "requests",
-        "errors",
-        "refused",
-        "prompt",
-        "cached",
-        "output",
-        "reasoning",
-        "TTFT p50",
-        "p95",
-        "USD",
-        "score",
-    )
-    return [*(by or [""]), *figures]
-
-
-def _row(by: list[str], row: dict[str, Any]) -> list[str]:
-    names = [row.get("key_name", "") if name == "key" else row[name] for name in by] or ["all"]
-    if row.get("key_name") == "total":
-        names[0] = "total"
-    cached = row["cached_tokens"] / row["prompt_tokens"] if row["prompt_tokens"] else 0.0
-    return [
-        *names,
-        f"{row['requests']:,}",
-        f"{row['errors']:,}",
-        f"{row['refused']:,}",
-        f"{row['prompt_tokens']:,}",
-        f"{cached:.0%}",
-        f"{row['output_tokens']:,}",
-        f"{row.get('reasoning_tokens', 0):,}",
-        _seconds(row["ttft_p50_s"]),
-        _seconds(row["ttft_p95_s"]),
-        f"{row['cost_usd']:.4f}",
-        "–" if row["score"] is None else f"{row['score']:+.2f} ({row['scored']})",
-    ]
-
-
-def _seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value * 1000:.0f} ms" if value < 1 else f"{value:.2f} s"
-
-
 def _warn(accounts: dict[str, Any]) -> None:
     """What the figures do not include."""
     if accounts["failing_s"]:
@@ -149,7 +102,3 @@ def _warn(accounts: dict[str, Any]) -> None:
     if accounts["usage_dropped"]:
         lost = f"the details of {count_text(accounts['usage_dropped'], 'request')} since its start"
         print(f"warning: the gateway lost {lost}: their sums are counted, their latencies are not.", file=sys.stderr)
-
-
-def _date(at: float) -> str:
-    return datetime.fromtimestamp(at).astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -67,7 +67,8 @@ def simulate(
     if requests.strict_lengths:
         refuse_cuts(schedule.cut, schedule.num_requests)
     find = profile_finder(deployment, devices, set or [])
-    made = simulation_inputs(read_model(known.model)[0], deployment, find)
+    constrained = asked.workload.constrains_answers
+    made = simulation_inputs(read_model(known.model)[0], deployment, find, constrained=constrained)
     print(f"· simulating {count_text(schedule.num_requests, 'request')}", file=sys.stderr)
     if schedule.cut_text:
         print(f"· {schedule.cut_text}", file=sys.stderr)

@@ -171,8 +171,12 @@ def _misses(evaluation: Evaluation, slo: SLO, rate: float) -> str:
         limit, figure = slo.limits.get(name), evaluation.figures.get(f"{name}_s")
         if limit is None or figure is None or figure.high <= limit:
             continue
-        verb = "would be" if figure.value > limit else "could be"
-        found.append(f"{name.upper()} {verb} {banded_seconds(figure)} of {brief_seconds(limit)}")
+        shown, allowed = banded_seconds(figure), brief_seconds(limit)
+        if figure.value > limit:
+            found.append(f"{name.upper()} would be {shown} of {allowed}")
+        else:
+            high = brief_seconds(figure.high)
+            found.append(f"{name.upper()} is predicted as {shown}, and {high} would be more than {allowed}")
     capacity = evaluation.figures.get("capacity")
     if not found and capacity is not None and capacity.low < rate:
         found.append(f"it holds {capacity.low:.3g} of the {rate:.3g} asked")

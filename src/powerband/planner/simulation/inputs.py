@@ -60,10 +60,11 @@ class SimulationInputs:
 
 
 def simulation_inputs(
-    spec: ModelSpec, deployment: Deployment, find: Callable[[str], DeviceProfile]
+    spec: ModelSpec, deployment: Deployment, find: Callable[[str], DeviceProfile], *, constrained: bool
 ) -> SimulationInputs:
-    """find: a device's profile by name. Raises UsageError for what a device cannot compute, EnvironmentFault where a
-    replica does not fit.
+    """find: a device's profile by name. constrained: every answer has a grammar (Workload.constrains_answers).
+
+    Raises UsageError for what a device cannot compute, EnvironmentFault where a replica does not fit.
     """
     models, blocks, sizes, layouts = [], [], set(), []
     for pool in deployment.pools:
@@ -71,7 +72,7 @@ def simulation_inputs(
         memory = plan_replica(spec, profile, pool.replica, deployment.engine)
         if memory.problem:
             raise EnvironmentFault(f"A replica on {profile.name} does not fit: {memory.problem}.", param="plan")
-        models.append(LatencyModel(spec, profile, pool.replica, deployment.engine))
+        models.append(LatencyModel(spec, profile, pool.replica, deployment.engine, constrained=constrained))
         blocks.append(memory.num_blocks)
         sizes.add(memory.block_size)
         layouts.append(memory.layout)

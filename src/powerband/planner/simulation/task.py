@@ -48,7 +48,12 @@ class SimulationSummary:
 def run_simulation_task(plan_request: PlanRequest, task: SimulationTask) -> SimulationSummary:
     """Raises EnvironmentFault or UsageError where the deployment cannot be, see planner.models."""
     deployment, share = _scaled(task.deployment)
-    made = simulation_inputs(plan_request.spec, deployment, plan_request.profile)
+    made = simulation_inputs(
+        plan_request.spec,
+        deployment,
+        plan_request.profile,
+        constrained=plan_request.workload.constrains_answers,
+    )
     schedule = plan_request.schedule(task.rate * share, task.num_requests)
     hopeless = max(_HOPELESS * schedule.num_requests, _MIN_HOPELESS)
     simulation = made.simulate(

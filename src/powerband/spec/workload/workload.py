@@ -147,6 +147,11 @@ class Workload:
                 param="trace",
             )
 
+    @property
+    def constrains_answers(self) -> bool:
+        """Whether engines let the model choose only tokens of a grammar: a schema's, or that of tool calls."""
+        return isinstance(self.requests, RequestMix) and self.requests.form != "text"
+
     def within(self, max_model_len: int | None) -> Workload:
         """With requests cut to fit this context, too; None: a context that is not known."""
         if max_model_len is None or (self.max_model_len is not None and self.max_model_len <= max_model_len):

@@ -120,6 +120,7 @@ class PassThroughState:
         self._model = self._inner_model = model
         self._keeps_text = keeps_text
         self.tokens = TokenCounter(client_request, estimates)
+        self._usage: ReportedUsage | None = None  # of all events so far
         self.texts: list[str] = []
         self.finish_reason = ""
         self.is_finished = False
@@ -180,7 +181,10 @@ class PassThroughState:
         return _ENCODE({**FIELDS.decode(response), "model": self._model, **stored})
 
     def _count_usage(self, usage: ReportedUsage | None, tokens: int = 0) -> None:
-        reported = usage.as_chunk_usage() if usage is not None else None
+        reported = None
+        if usage is not None:
+            self._usage = usage.after(self._usage)
+            reported = self._usage.as_chunk_usage()
         self.tokens.add_usage(Chunk(usage=reported), tokens)
 
     # ---- streams

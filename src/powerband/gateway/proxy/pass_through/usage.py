@@ -22,6 +22,12 @@ class ReportedUsage(msgspec.Struct, gc=False):
     cache_read_input_tokens: Count | None = None  # at Anthropic, in addition to input_tokens
     cache_creation_input_tokens: Count | None = None  # likewise
 
+    def after(self, earlier: ReportedUsage | None) -> ReportedUsage:
+        """With what only an earlier usage has: Anthropic counts the prompt first, the output last."""
+        if earlier is None:
+            return self
+        return ReportedUsage(*(getattr(self, name) or getattr(earlier, name) for name in self.__struct_fields__))
+
     def as_chunk_usage(self) -> ChunkUsage:
         output = self.output_tokens or self.completion_tokens or 0
         anthropic_cached = self.cache_read_input_tokens or 0

@@ -22,6 +22,9 @@ namespace {
 constexpr int64_t kPanel = 16;
 constexpr int64_t kDepthStep = 4;
 constexpr int64_t kTaskBytes = 32 << 10;
+// B's panels are too short for a product to fetch ahead within them: fetched are those 4 KB further on (measured: with
+// 2 and 8 KB less is gained).
+constexpr int64_t kFetched = (4 << 10) / sizeof(bf16);
 
 }  // namespace
 
@@ -75,6 +78,7 @@ struct Unit {
         alignas(64) float sums[kMaxVectorRows * 32];
         const int64_t column = i * 2 * kPanel, count = std::min<int64_t>(piece->size - column, 2 * kPanel);
         const PanelPair panels = pair(piece->b, piece->size, piece->depth(), i);
+        for (int64_t line = 0; line < piece->depth(); ++line) prefetch(panels.left + kFetched + line * 2 * kPanel);
         for (int64_t row = 0; row < rows; row += kMaxVectorRows) {
             const int64_t num = std::min(kMaxVectorRows, rows - row);
             multiply_vectors(inner + row * stride(), stride(), num, piece->depth(), panels, nullptr, sums);
