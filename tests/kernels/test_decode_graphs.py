@@ -115,6 +115,35 @@ def test_graphs_of_padded_batches_equal_running_directly(model, device):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@torch.inference_mode()
+def test_graphs_read_the_tables_of_each_group_of_layers(model, device):
+    """The layers share one cache, in blocks of their own: as two caches would have it."""
+    direct, shared = new_attention(device), TritonAttention(BLOCK_SIZE, device)
+    shape = AttentionShape(SPEC.num_heads, SPEC.num_kv_heads, SPEC.head_dim, SPEC.attention_scale)
+    groups = SPEC.num_layers
+    shared.allocate(1, 16 * groups, shape, torch.float32, [(group, 0) for group in range(groups)])
+    graphs = DecodeGraphs(
+        model,
+        shared,
+        max_rows=4,
+        max_model_len=64,
+        block_size=BLOCK_SIZE,
+        groups=groups,
+        device=device,
+        capture=None if device.type == "cuda" else run_again,
+    )
+    graphs.capture()
+    for contexts in ([1, 1, 1], [2, 2], [3], [4, 3, 1]):
+        inputs = decodes(contexts, device)
+        expected = model(inputs.token_ids, inputs.positions, inputs.batch, direct)
+        batch = inputs.batch
+        batch.others = tuple(
+            replace(batch, block_tables=batch.block_tables + 16 * group, slots=batch.slots + 16 * group * BLOCK_SIZE)
+            for group in range(1, groups)
+        )
+        torch.testing.assert_close(graphs(inputs), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("spec", [SPEC, WITH_EXPERTS], ids=["dense", "experts"])
 @torch.inference_mode()
 def test_a_decoder_with_fused_layers_equals_one_without(spec, device):

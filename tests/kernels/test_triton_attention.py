@@ -132,6 +132,26 @@ def test_kernels_equal_the_reference(name, mix, dtype, device):
     torch.testing.assert_close(outs[1], outs[0], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("name", ["window", "everything"])
+def test_blocks_before_a_window_are_not_read(name, mix, device):
+    """They have other owners, whose numbers need not be any."""
+    shape, _ = make_shape(name)
+    generator = torch.Generator().manual_seed(5)
+    batch, num_blocks = make_batch(MIXES[mix], device)
+    backends = both_backends(shape, torch.float32, device, num_blocks)
+    fill(backends, MIXES[mix], batch, shape, torch.float32, device, generator)
+    for row, (new, context) in enumerate(MIXES[mix]):
+        passed = batch.block_tables[row, : max(context - new - shape.window + 1, 0) // BLOCK_SIZE].long()
+        for cache in backends[1]._cache[0]:
+            cache[passed] = float("nan")
+    tokens, heads = batch.query_starts_host[-1], shape.num_heads + 2 * shape.num_kv_heads
+    qkv = torch.randn(tokens, heads, shape.head_dim, generator=generator).to(device)
+    q, k, v = qkv.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
+    expected, found = (backend.attend(0, q, k, v, batch, shape) for backend in backends)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("splits", [1, 4, 16])
 @pytest.mark.parametrize("name", ["grouped", "everything"])
 def test_split_contexts_combine_to_the_same(name, splits, device, monkeypatch):

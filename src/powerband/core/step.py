@@ -6,6 +6,10 @@ message, and a simulator reads it as easily as a GPU runner does.
     request's positions   0 ............ start ......... start+num_tokens ......... end
                           |-- KV exists --|-- this step's work --|
     blocks (by index)     [ 0 ][ 1 ][ 2 ][ 3 ]...      position p lives in block_table[p // block_size]
+
+Of models with sliding windows, a block is several pages in a row, one for each group of layers (spec.kv_layout), and a
+layer finds position p in the page of its group. What lies before a layer's window must not be read: it may have another
+owner by now.
 """
 
 from __future__ import annotations
@@ -51,7 +55,8 @@ class Work:
     start: int
     num_tokens: int
     # Appended to the request's block table; with `new`, the whole table. It may reach further than this step computes,
-    # and its first blocks may be another request's: of an earlier step, or of this one (see Executor).
+    # and its first blocks may be another request's: of an earlier step, or of this one (see Executor). -1: no page,
+    # because a window has passed.
     new_blocks: list[int]
     samples: bool
     drafts: list[int] = field(default_factory=list)
