@@ -5,7 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import anthropic
-from reporting import HI, KEY, MAX_TOKENS, MODEL, PARAMETERS, URL, Weather, check_weather, feature, refusal
+from reporting import (
+    AGENT_QUESTION,
+    AGENT_TOOLS,
+    HI,
+    KEY,
+    MAX_TOKENS,
+    MAX_TURNS,
+    MODEL,
+    PARAMETERS,
+    URL,
+    Weather,
+    check_agent,
+    check_weather,
+    feature,
+    functions,
+    refusal,
+)
 
 client = anthropic.Anthropic(base_url=URL, api_key=KEY, max_retries=0)
 TOOL: Any = {"name": "weather", "description": "The weather of a city", "input_schema": PARAMETERS}
@@ -44,6 +60,25 @@ def _() -> None:
     choice: Any = {"type": "tool", "name": "weather"}
     with client.messages.stream(messages=HI, tools=[TOOL], tool_choice=choice, **CALL) as stream:
         check_weather(stream.get_final_message().content[0].input)
+
+
+@feature("messages.create, an agent's loop")
+def _() -> None:
+    messages: Any = [{"role": "user", "content": AGENT_QUESTION}]
+    tools: Any = [
+        {"name": one["name"], "description": one["description"], "input_schema": one["parameters"]}
+        for one in functions()
+    ]
+    for _ in range(MAX_TURNS):
+        answer = client.messages.create(messages=messages, tools=tools, extra_body={"temperature": 0}, **CALL)
+        uses: Any = [block for block in answer.content if block.type == "tool_use"]
+        if not uses:
+            break
+        messages.append({"role": "assistant", "content": answer.content})
+        results = [(use.id, AGENT_TOOLS[use.name](**use.input)) for use in uses]
+        blocks = [{"type": "tool_result", "tool_use_id": id, "content": result} for id, result in results]
+        messages.append({"role": "user", "content": blocks})
+    check_agent("".join(block.text for block in answer.content if block.type == "text"))
 
 
 @feature("messages.parse")

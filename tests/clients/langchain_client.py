@@ -8,7 +8,20 @@ from langchain_anthropic import ChatAnthropic
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
-from reporting import KEY, MAX_TOKENS, MODEL, TEXTS, URL, Weather, check_weather, feature
+from reporting import (
+    AGENT_QUESTION,
+    AGENT_TOOLS,
+    KEY,
+    MAX_TOKENS,
+    MAX_TURNS,
+    MODEL,
+    TEXTS,
+    URL,
+    Weather,
+    check_agent,
+    check_weather,
+    feature,
+)
 
 QUESTION = "What does os.path.join do?"
 _OPENAI: Any = {"model": MODEL, "base_url": f"{URL}/v1", "api_key": KEY, "temperature": 0, "max_retries": 0}
@@ -41,6 +54,19 @@ def check_model(name: str, model: Any) -> None:
             streamed = chunk if streamed is None else streamed + chunk
         assert streamed is not None
         check_weather(streamed.tool_calls[0]["args"])
+
+    @feature(f"{name}, an agent's loop")
+    def _() -> None:
+        bound = model.bind_tools(list(AGENT_TOOLS.values()))
+        messages: list[Any] = [HumanMessage(AGENT_QUESTION)]
+        for _ in range(MAX_TURNS):
+            messages.append(answer := bound.invoke(messages))
+            if not answer.tool_calls:
+                break
+            for call in answer.tool_calls:
+                result = AGENT_TOOLS[call["name"]](**call["args"])
+                messages.append(ToolMessage(result, tool_call_id=call["id"]))
+        check_agent(answer.text)
 
     for method in ("json_schema", "function_calling"):
 

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import litellm
-from reporting import HI, KEY, MAX_TOKENS, MODEL, PARAMETERS, TEXTS, URL, Weather, check_weather, feature
+from reporting import (
+    AGENT_QUESTION,
+    AGENT_TOOLS,
+    HI,
+    KEY,
+    MAX_TOKENS,
+    MAX_TURNS,
+    MODEL,
+    PARAMETERS,
+    TEXTS,
+    URL,
+    Weather,
+    check_agent,
+    check_weather,
+    feature,
+    functions,
+)
 
 TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
 APIS: dict[str, Any] = {
@@ -26,6 +43,21 @@ for name, api in APIS.items():
         choice = {"type": "function", "function": {"name": "weather"}}
         answer = litellm.completion(messages=HI, tools=[TOOL], tool_choice=choice, max_tokens=MAX_TOKENS, **api)
         check_weather(answer.choices[0].message.tool_calls[0].function.arguments)
+
+    @feature(f"completion, {name}, an agent's loop")
+    def _(api: Any = api) -> None:
+        messages: list[Any] = [{"role": "user", "content": AGENT_QUESTION}]
+        tools = [{"type": "function", "function": function} for function in functions()]
+        for _ in range(MAX_TURNS):
+            message = litellm.completion(messages=messages, tools=tools, temperature=0, max_tokens=100, **api)
+            message = message.choices[0].message
+            if not message.tool_calls:
+                break
+            messages.append(message)
+            for call in message.tool_calls:
+                result = AGENT_TOOLS[call.function.name](**json.loads(call.function.arguments))
+                messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+        check_agent(message.content)
 
 
 @feature("completion, openai, response_format")

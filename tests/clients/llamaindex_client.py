@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+
+from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.llms import ChatMessage
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
 from llama_index.embeddings.openai_like import OpenAILikeEmbedding
 from llama_index.llms.openai_like import OpenAILike
-from reporting import KEY, MAX_TOKENS, MODEL, TEXTS, URL, Weather, check_weather, feature
+from reporting import (
+    AGENT_QUESTION,
+    AGENT_TOOLS,
+    KEY,
+    MAX_TOKENS,
+    MODEL,
+    TEXTS,
+    URL,
+    Weather,
+    check_agent,
+    check_weather,
+    feature,
+)
 
 QUESTION = "What does os.path.join do?"
 llm = OpenAILike(
@@ -39,6 +54,18 @@ def _() -> None:
     tool = FunctionTool.from_defaults(weather, fn_schema=Weather)
     answer = llm.chat_with_tools([tool], user_msg=QUESTION, tool_required=True)
     check_weather(llm.get_tool_calls_from_response(answer)[0].tool_kwargs)
+
+
+@feature("FunctionAgent")
+def _() -> None:
+    agent = FunctionAgent(
+        tools=[FunctionTool.from_defaults(function) for function in AGENT_TOOLS.values()], llm=llm, streaming=False
+    )
+
+    async def ask() -> str:
+        return str(await agent.run(AGENT_QUESTION))
+
+    check_agent(asyncio.run(ask()))
 
 
 @feature("structured_predict")

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import openai
-from reporting import HI, KEY, MAX_TOKENS, MODEL, PARAMETERS, TEXTS, URL, Weather, check_weather, feature, refusal
+from reporting import (
+    AGENT_QUESTION,
+    AGENT_TOOLS,
+    HI,
+    KEY,
+    MAX_TOKENS,
+    MAX_TURNS,
+    MODEL,
+    PARAMETERS,
+    TEXTS,
+    URL,
+    Weather,
+    check_agent,
+    check_weather,
+    feature,
+    functions,
+    refusal,
+)
 
 client = openai.OpenAI(base_url=f"{URL}/v1", api_key=KEY, max_retries=0)
 FUNCTION = {"name": "weather", "description": "The weather of a city", "parameters": PARAMETERS, "strict": True}
@@ -110,6 +128,38 @@ def _() -> None:
 @feature("responses.parse")
 def _() -> None:
     assert isinstance(client.responses.parse(input=HI, text_format=Weather, **CALL).output_parsed, Weather)
+
+
+@feature("chat.completions.create, an agent's loop")
+def _() -> None:
+    messages: Any = [{"role": "user", "content": AGENT_QUESTION}]
+    tools: Any = [{"type": "function", "function": function} for function in functions()]
+    for _ in range(MAX_TURNS):
+        message = client.chat.completions.create(messages=messages, tools=tools, **CALL).choices[0].message
+        if not message.tool_calls:
+            break
+        messages.append(message)
+        for call in message.tool_calls:
+            result = AGENT_TOOLS[call.function.name](**json.loads(call.function.arguments))
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+    check_agent(message.content)
+    assert len(messages) == 5
+
+
+@feature("responses.create, an agent's loop")
+def _() -> None:
+    items: Any = [{"role": "user", "content": AGENT_QUESTION}]
+    tools: Any = [{"type": "function", **function} for function in functions()]
+    for _ in range(MAX_TURNS):
+        answer = client.responses.create(input=items, tools=tools, **CALL)
+        items += answer.output
+        calls = [item for item in answer.output if item.type == "function_call"]
+        if not calls:
+            break
+        for call in calls:
+            result = AGENT_TOOLS[call.name](**json.loads(call.arguments))
+            items.append({"type": "function_call_output", "call_id": call.call_id, "output": result})
+    check_agent(answer.output_text)
 
 
 @feature("embeddings.create")

@@ -10,7 +10,7 @@ from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
-from reporting import KEY, MAX_TOKENS, MODEL, URL, Weather, feature
+from reporting import AGENT_QUESTION, AGENT_TOOLS, KEY, MAX_TOKENS, MODEL, URL, Weather, check_agent, feature
 
 QUESTION = "What does os.path.join do?"
 openai_provider = OpenAIProvider(base_url=f"{URL}/v1", api_key=KEY)
@@ -30,6 +30,11 @@ for name, model in MODELS.items():
         assert agent.run_sync(QUESTION).output
         stream = agent.run_stream_sync(QUESTION)
         assert "".join(stream.stream_text(delta=True))
+
+    @feature(f"{name}, an agent's loop")
+    def _(model: Any = model) -> None:
+        agent = Agent(model, tools=list(AGENT_TOOLS.values()), model_settings={**SETTINGS, "temperature": 0})
+        check_agent(agent.run_sync(AGENT_QUESTION).output)
 
     @feature(f"{name}, ToolOutput")
     def _(model: Any = model) -> None:

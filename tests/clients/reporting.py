@@ -29,6 +29,48 @@ class Weather(BaseModel):
 PARAMETERS = {**Weather.model_json_schema(), "additionalProperties": False}
 
 
+# An agent's loop: the model decides by itself to look up a price and then to multiply it.
+AGENT_QUESTION = "What do 12 apples cost?"
+
+
+def get_price(item: str) -> str:
+    """The price of an item."""
+    return {"apple": "3"}.get(item, "unknown")
+
+
+def calculator(expression: str) -> str:
+    """Computes an expression of two numbers."""
+    a, b = expression.split("*")
+    return str(int(a) * int(b))
+
+
+AGENT_TOOLS: dict[str, Callable[..., str]] = {"get_price": get_price, "calculator": calculator}
+_AGENT_PARAMETERS = {"get_price": "item", "calculator": "expression"}
+MAX_TURNS = 5
+
+
+def functions() -> list[dict[str, Any]]:
+    """The agent's tools as OpenAI describes functions."""
+    return [
+        {
+            "name": name,
+            "description": function.__doc__,
+            "parameters": {
+                "type": "object",
+                "properties": {_AGENT_PARAMETERS[name]: {"type": "string"}},
+                "required": [_AGENT_PARAMETERS[name]],
+                "additionalProperties": False,
+            },
+        }
+        for name, function in AGENT_TOOLS.items()
+    ]
+
+
+def check_agent(answer: str | None) -> None:
+    """The answer of the loop."""
+    assert "36" in (answer or ""), answer
+
+
 def feature(name: str) -> Callable[[Callable[[], Any]], None]:
     """Run the function at once; it works unless it raises."""
 
