@@ -23,6 +23,7 @@ import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from powerband import LLM, SamplingParams, StructuredOutputsParams
 from powerband.core.loop import StepRecord
+from powerband.spec.hardware.device import detect_cpu
 
 PORT = 8765
+REPORT: list[dict[str, Any]] = []  # what was measured, for --json
 TOKENS = 48
 RECORD = {
     "type": "object",
@@ -158,12 +161,15 @@ def forced(llm: LLM, args: argparse.Namespace) -> None:
             num_tokens = len(result.outputs[0].token_ids)
             counts = f"{num_tokens} tokens in {num_steps} steps"
             if turn == args.rounds:
-                print(f"an object of ten long keys, {name:10}: {counts}, {statistics.median(times[name]):.3f} s")
+                seconds = statistics.median(times[name])
+                print(f"an object of ten long keys, {name:10}: {counts}, {seconds:.3f} s")
+                REPORT.append({"keys": name, "num_tokens": num_tokens, "num_steps": num_steps, "seconds": seconds})
 
 
 def show(who: str, batch: int, found: dict[str, Taken]) -> None:
     plain = found["without a schema"]
     for name, one in found.items():
+        REPORT.append({"engine": who, "batch": batch, "side": name, "step_ms": one.step_ms, "token_ms": one.token_ms})
         step, token = (100 * (a / b - 1) for a, b in zip(one.figures, plain.figures, strict=True))
         print(
             f"{who}, batch {batch:3}, {name:22} {one.step_ms:8.2f} ms a step of one token each ({step:+.1f} %), "
@@ -281,8 +287,10 @@ async def delays(url: str) -> None:
         beside = await others
     plain_ms, formed_ms = (1e3 * statistics.median(values) for values in (plain, formed))
     print(f"first token: {plain_ms:.1f} ms without a schema, {formed_ms:.1f} ms with a new one of 10 kB")
+    REPORT.append({"first_token_ms": plain_ms, "first_token_with_new_schema_ms": formed_ms})
     for name, gaps in (("alone", alone), ("beside new schemas", beside)):
         p50, p99 = (1e3 * statistics.quantiles(gaps, n=100)[at] for at in (49, 98))
+        REPORT.append({"gaps": name, "p50_ms": p50, "p99_ms": p99})
         print(f"gaps between another stream's tokens, {name}: p50 {p50:.2f} ms, p99 {p99:.2f} ms")
 
 
@@ -312,10 +320,16 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--vllm", type=Path, help="python of an environment with vLLM, to measure it, too")
     args = parser.parse_args()
     steps(args)
     over_http()
+    if args.json is not None:
+        versions = {name: version(name) for name in ("torch", "llguidance")}
+        args.json.write_text(
+            json.dumps({"cpu": detect_cpu().name, "versions": versions, "results": REPORT}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":
