@@ -1,6 +1,6 @@
 """What structured output costs: time per output token with a schema and without, and the delay of a new schema.
 
-    python benchmarks/structured.py [--layers 24 --hidden 896] [--rounds 5]
+    python benchmarks/structured.py [--layers 24 --hidden 896] [--rounds 5] [--vllm VENV/bin/python]
 
 Steps are measured in one engine with random weights in the shape of a small model, with a vocabulary trained on
 Python's standard library: batches with a schema and without take turns. An answer of long keys shows what is gained by
@@ -92,6 +92,9 @@ def make_model(folder: Path, args: argparse.Namespace) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+SIDES = {"without a schema": None, "with one": ENDLESS, "with one, in one line": IN_ONE_LINE}
+
+
 @dataclass
 class Taken:
     """Times of one side."""
@@ -158,6 +161,17 @@ def forced(llm: LLM, args: argparse.Namespace) -> None:
                 print(f"an object of ten long keys, {name:10}: {counts}, {statistics.median(times[name]):.3f} s")
 
 
+def show(who: str, batch: int, found: dict[str, Taken]) -> None:
+    plain = found["without a schema"]
+    for name, one in found.items():
+        step, token = (100 * (a / b - 1) for a, b in zip(one.figures, plain.figures, strict=True))
+        print(
+            f"{who}, batch {batch:3}, {name:22} {one.step_ms:8.2f} ms a step of one token each ({step:+.1f} %), "
+            f"{one.token_ms:8.2f} ms an output token ({token:+.1f} %)",
+            flush=True,
+        )
+
+
 def steps(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         make_model(Path(name), args)
@@ -166,19 +180,33 @@ def steps(args: argparse.Namespace) -> None:
             print(f"shape {args.layers} x {args.hidden}, {llm.get_tokenizer().vocab_size} tokens, {llm.settings.dtype}")
             forced(llm, args)
             for batch in args.batches:
-                sides = {"without a schema": None, "with one": ENDLESS, "with one, in one line": IN_ONE_LINE}
-                found = {name: Taken() for name in sides}
+                found = {side: Taken() for side in SIDES}
                 for turn in range(args.rounds + 1):
-                    for name, form in sides.items():
-                        measure(llm, batch, form, 1000 * turn, found[name] if turn else Taken())  # the first warms up
-                plain = found["without a schema"]
-                for name, one in found.items():
-                    step, token = (100 * (a / b - 1) for a, b in zip(one.figures, plain.figures, strict=True))
-                    print(
-                        f"batch {batch:3}, {name:22} {one.step_ms:8.2f} ms a step of one token each ({step:+.1f} %), "
-                        f"{one.token_ms:8.2f} ms an output token ({token:+.1f} %)",
-                        flush=True,
-                    )
+                    for side, form in SIDES.items():  # the first turn warms up
+                        measure(llm, batch, form, 1000 * turn, found[side] if turn else Taken())
+                show("ours", batch, found)
+        if args.vllm is not None:
+            peer_steps(name, args)
+
+
+def peer_steps(folder: str, args: argparse.Namespace) -> None:
+    """The same in vLLM, whose backend for grammars is its default."""
+    forms = {
+        side: None if form is None else {"json": form.json, "disable_any_whitespace": form.disable_any_whitespace}
+        for side, form in SIDES.items()
+    }
+    script = Path(__file__).with_name("structured_vllm.py")
+    command = [args.vllm, script, folder, str(args.rounds), str(TOKENS), *map(str, args.batches)]
+    done = subprocess.run(
+        command, input=json.dumps(forms), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
+    )
+    for batch, sides in json.loads(done.stdout.splitlines()[-1]).items():
+        found = {}
+        for side, taken in sides.items():
+            decodes = [seconds for seconds, tokens in taken if tokens == int(batch)]
+            num_tokens = sum(tokens for _, tokens in taken) // int(batch)
+            found[side] = Taken(decodes, sum(seconds for seconds, _ in taken), num_tokens)
+        show("vLLM", int(batch), found)
 
 
 def new_schema(chance: random.Random) -> dict[str, Any]:
@@ -284,6 +312,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--vllm", type=Path, help="python of an environment with vLLM, to measure it, too")
     args = parser.parse_args()
     steps(args)
     over_http()

@@ -103,10 +103,10 @@ def test_the_demo_model_is_measured_alone_and_under_load(
     [refinement] = read_profile(path).refinements
     assert refinement.model == read_model_spec("src/powerband/demo").shape_digest
     seconds = MeasuredStepTimes(refinement.steps).step_s([(1, 100)], 1)
-    assert 1e-5 < seconds < 0.1
+    assert 1e-5 < seconds < 1
     assert refinement.host is not None
-    assert 1e-5 < refinement.host.arrival_s < 0.1
-    assert 1e-5 < refinement.host.answer_s < 0.1
+    assert 1e-5 < refinement.host.arrival_s < 1
+    assert 1e-5 < refinement.host.answer_s < 1
 
 
 def steps(count: int, scale: float = 1.0) -> list[str]:

@@ -178,6 +178,7 @@ def test_a_file_that_is_no_plan_is_not_taken_for_a_model(capsys: Output, tmp_pat
         ("generate demo", "--prompt is missing."),
         ("calibrate -o {folder}", "Is a directory"),
         ("bench http://127.0.0.1:9 --out {file}", "it is a file, not a folder"),
+        ("bench http://127.0.0.1:9 --out /proc/none/runs", "Cannot write results to /proc/none/runs"),
         ("keys list --url http://127.0.0.1:9 --admin-key-file {file}", "it is empty"),
         ("keys list --url http://127.0.0.1:9 --admin-key-file {folder}", "Is a directory"),
         ("keys list --url http://127.0.0.1:9 --admin-key-file {bytes}", "it holds no key"),

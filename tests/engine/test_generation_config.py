@@ -139,7 +139,9 @@ def test_settings_that_change_outputs_and_are_not_applied_are_logged(
     (tmp_path / "generation_config.json").write_text(json.dumps(plain))
     sampling_defaults(EngineSettings(model=str(tmp_path)), tmp_path)
     assert not caplog.records
-    (tmp_path / "generation_config.json").write_text(json.dumps({"num_beams": 4, "suppress_tokens": [3]}))
-    sampling_defaults(EngineSettings(model=str(tmp_path)), tmp_path)
-    assert "generation_config.json: not applied" in caplog.text
+    for changed in ({"stop_strings": ["END"]}, {"top_h": 0.4}, {"num_beams": 4, "suppress_tokens": [3]}):
+        caplog.clear()
+        (tmp_path / "generation_config.json").write_text(json.dumps(changed))
+        sampling_defaults(EngineSettings(model=str(tmp_path)), tmp_path)
+        assert "generation_config.json: not applied" in caplog.text
     assert "suppress_tokens=[3], num_beams=4" in caplog.text

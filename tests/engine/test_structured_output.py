@@ -200,15 +200,16 @@ def expected(llm: LLM, grammar: str, prompt: list[int], done: tuple[int, ...] = 
         return {done: p}
     mask = matcher.compute_bitmask()
     ids = [id for id in range(llm.info.vocab_size) if mask[id // 8] >> (id % 8) & 1]
-    weights = score(llm, [*prompt, *done], ids)
+    weights = score(llm, [*prompt, *done], ids) if len(ids) > 1 else [1.0]
     found: dict[Any, float] = {}
     for id, weight in zip(ids, weights, strict=True):
         found |= expected(llm, grammar, prompt, (*done, id), p * weight / sum(weights))
     return found
 
 
-def test_an_answer_is_as_likely_as_the_model_has_it_among_those_of_the_form(llm: LLM) -> None:
-    form = StructuredOutputsParams(regex="[ab]{2}")
+@pytest.mark.parametrize("pattern", ["[ab]{2}", "(now|never) or at last [ab]!"], ids=["all chosen", "some forced"])
+def test_an_answer_is_as_likely_as_the_model_has_it_among_those_of_the_form(llm: LLM, pattern: str) -> None:
+    form = StructuredOutputsParams(regex=pattern)
     prompt = llm.get_tokenizer().encode("The list is")
     whole = llm._reader._complete(SamplingParams(structured_outputs=form), len(prompt), OutputReader())
     likely = expected(llm, whole.grammar, prompt)

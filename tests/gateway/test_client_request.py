@@ -16,6 +16,7 @@ from powerband.gateway.routes import ReplicaAddress
 from powerband.gateway.upstream.client import UpstreamClient
 from powerband.gateway.upstream.context_lengths import ContextLengths
 from powerband.spec.deployment import EngineName
+from virtual_loop import VirtualLoop, virtually
 
 BODY = {"model": "demo", "prompt": "hello", "seed": 7, "an_extra": {"deep": [1.50, None]}}
 
@@ -218,7 +219,7 @@ def test_a_replica_that_hangs_or_still_loads_is_asked_again_while_nobody_waits()
     replicas = [ReplicaAddress(id=f"r{i}", url=f"http://r{i}:1", model="m", engine="vllm") for i in range(3)]
     upstream = Replicas({"r0": (200, 4096), "r1": None, "r2": (503, 0)})
 
-    async def run() -> None:
+    async def run(_: VirtualLoop) -> None:
         lengths = ContextLengths()
         assert await lengths.largest(replicas, upstream) == 4096
         waiting = lengths.largest(replicas, upstream)
@@ -230,4 +231,4 @@ def test_a_replica_that_hangs_or_still_loads_is_asked_again_while_nobody_waits()
         assert await lengths.largest(replicas, upstream) == 8192
         assert upstream.asked.count("r0") == 1
 
-    asyncio.run(run())
+    virtually(run)

@@ -44,7 +44,7 @@ def refusal(answer: httpx.Response, status: int) -> dict[str, Any]:
 
 def raw(gateway: RunningGateway, request: bytes) -> bytes:
     """What the gateway answers to these bytes; b'' when it just closes the connection."""
-    with socket.create_connection(address(gateway), timeout=5) as client:
+    with socket.create_connection(address(gateway), timeout=60) as client:
         with contextlib.suppress(OSError):  # it may have closed the connection already
             client.sendall(request)
             client.shutdown(socket.SHUT_WR)

@@ -82,7 +82,7 @@ def test_it_keeps_the_truth_of_each_request() -> None:
             assert record.ended_s is not None
             assert record.status == 200
             assert record.tokens == len(record.written_s) == 4
-            assert 0.0 <= record.written_s[0] - record.arrived_s - 0.02 < 0.05
+            assert record.written_s[0] - record.arrived_s >= 0.02
             assert record.ended_s >= record.written_s[-1]
         assert len({record.digest for record in server.records}) == 3
 
@@ -119,28 +119,30 @@ def test_slots_are_given_in_the_order_of_arrival() -> None:
 def test_errors_and_refusals_come_as_scripted() -> None:
     async def act(server: MockServer, target: ServerAddress) -> list[int]:
         held = asyncio.gather(*(ask(target, 3, key=str(i)) for i in range(2)))
-        await asyncio.sleep(0.05)
+        while len(server.records) < 2:
+            await asyncio.sleep(0.001)
         refused = await post(target, "/v1/completions", {"prompt": "x"})
         assert b"Scripted to refuse" in refused.body
         await held
         failed = await post(target, "/v1/completions", {"prompt": "x", "max_tokens": 1})
         return [refused.status, failed.status]
 
-    assert with_server(Behavior(ttft_s=0.2, max_in_flight=2, fail_every=4), act) == [429, 500]
+    assert with_server(Behavior(ttft_s=1.0, max_in_flight=2, fail_every=4), act) == [429, 500]
 
 
 def test_a_client_that_leaves_frees_its_slot_unless_a_fault_is_planted() -> None:
-    async def leave_and_ask(_: MockServer, target: ServerAddress) -> str:
+    async def leave_and_ask(server: MockServer, target: ServerAddress) -> str:
         connections = ConnectionPool(target.base)
         connection, _is_kept = await connections.take()
         body = ConversationPrompts(target, PromptMaker()).body(
             RequestMessage(0, (SegmentMessage("gone", 5),), 1000, 0, 0.0)
         )
         connection.send((request_bytes(target, body),), CollectedResponse())
-        await asyncio.sleep(0.05)
+        while not server.records:
+            await asyncio.sleep(0.001)
         connection.abort()
         try:
-            async with asyncio.timeout(0.5):
+            async with asyncio.timeout(0.5 if server.script.leaks_slots else 60.0):
                 return (await ask(target, 2)).problem
         except TimeoutError:
             return "hangs"

@@ -108,6 +108,13 @@ def test_nothing_is_held_back_longer_than_a_tag_may_last(case: Transcript) -> No
     assert after - before >= 900 or case.format in ("qwen3_coder", "pythonic", "gemma3", "openai")
 
 
+def test_what_stands_between_two_tags_of_mistral_is_no_name() -> None:
+    case = Transcript("mistral", '[TOOL_CALLS]Wait.[TOOL_CALLS][{"name": "now", "arguments": {}}]')
+    whole = parsed(parser(case), [case.text])
+    assert [name for name, _ in whole.calls] == ["now"]
+    assert parsed(parser(case), case.text) == whole
+
+
 TEXTS = st.lists(
     st.one_of(
         st.sampled_from(TAGS),

@@ -16,7 +16,7 @@ from servers_for_tests import RunningServer, running_server
 from powerband.errors import InvalidRequest
 from powerband.server import protocol
 from powerband.server.compatibility import Amendment
-from powerband.server.protocol import ChatRequest, CompletionRequest, TokenizeRequest
+from powerband.server.protocol import ChatRequest, CompletionRequest, ReasoningSwitch, TokenizeRequest
 from powerband.web.body import decode
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
@@ -43,6 +43,44 @@ def refusal(**fields: Any) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
         chat(**fields)
     return caught.value
+
+
+@pytest.mark.parametrize(
+    ("fields", "meant"),
+    [
+        ({"reasoning": {"effort": "high", "exclude": True}}, ReasoningSwitch(effort="high", exclude=True)),
+        ({"reasoning": {"enabled": False}}, ReasoningSwitch(enabled=False)),
+        ({"reasoning": {"max_tokens": 20, "summary": "auto"}}, ReasoningSwitch(max_tokens=20, summary="auto")),
+        ({"reasoning": True}, ReasoningSwitch(enabled=True)),
+        ({"reasoning": "low"}, ReasoningSwitch(effort="low")),
+        ({"thinking": {"type": "disabled"}}, ReasoningSwitch(enabled=False)),
+        ({"thinking": {"type": "enabled", "budget_tokens": 9}}, ReasoningSwitch(enabled=True, max_tokens=9)),
+        ({"thinking": {"type": "adaptive", "budget_tokens": 9}}, ReasoningSwitch(max_tokens=9)),
+        ({"thinking": False}, ReasoningSwitch(enabled=False)),
+        ({"enable_thinking": True, "thinking_budget": 7}, ReasoningSwitch(enabled=True, max_tokens=7)),
+        ({"enable_thinking": False}, ReasoningSwitch(enabled=False)),
+        ({"think": False}, ReasoningSwitch(enabled=False)),
+        ({"think": "low"}, ReasoningSwitch(effort="low")),
+        ({"enable_thinking": False, "reasoning": {"enabled": True}}, ReasoningSwitch(enabled=True)),
+    ],
+)
+def test_switches_of_reasoning_as_other_servers_have_them_mean_the_same(fields: Any, meant: ReasoningSwitch) -> None:
+    body, ignored = chat(**fields)
+    assert (body.reasoning, ignored) == (meant, [])
+
+
+def test_what_is_no_switch_of_reasoning_is_ignored_or_named() -> None:
+    body, ignored = chat(thinking={"type": "sometimes"}, think="a lot", enable_thinking=None)
+    assert (body.reasoning, sorted(ignored)) == (None, ["think", "thinking"])
+    assert refusal(reasoning={"effort": "a lot"}).param == "reasoning.effort"
+    assert refusal(reasoning={"efort": "low"}).param == "reasoning.efort"
+
+
+def test_what_a_client_parsed_itself_may_come_back() -> None:
+    function = {"name": "f", "arguments": "{}", "parsed_arguments": {}}
+    call = {"id": "1", "type": "function", "function": function, "index": 0}
+    assert message(content="{}", parsed={"a": 1}) == message(content="{}")
+    assert message(content=None, tool_calls=[call]).tool_calls[0].function.arguments == "{}"  # type: ignore[index]
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
@@ -114,7 +152,7 @@ FROM_VLLM: dict[str, Any] = {
     **{"request_id": "r1", "session_id": "s1", "mm_processor_kwargs": {"fps": 1}},
     **{"kv_transfer_params": {"a": 1}, "vllm_xargs": {"a": 1}, "length_penalty": 1.0, "keep_alive": "5m"},
     **{"spaces_between_special_tokens": True, "cache_prompt": True, "options": {"num_ctx": 4096}},
-    **{"thinking": {"type": "disabled"}, "reasoning": {"effort": "low"}, "early_stopping": False},
+    **{"provider": {"order": ["a"]}, "early_stopping": False},
 }
 
 

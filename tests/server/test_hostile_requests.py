@@ -229,7 +229,7 @@ def test_request_ids_are_ours(server: RunningServer) -> None:
     ids=range(9),
 )
 def test_bytes_that_are_no_http(server: RunningServer, raw: bytes) -> None:
-    with socket.create_connection(server.url.removeprefix("http://").split(":"), timeout=5) as client:
+    with socket.create_connection(server.url.removeprefix("http://").split(":"), timeout=60) as client:
         with contextlib.suppress(OSError):  # it may have closed the connection already
             client.sendall(raw)
             client.shutdown(socket.SHUT_WR)
@@ -240,7 +240,7 @@ def test_bytes_that_are_no_http(server: RunningServer, raw: bytes) -> None:
 
 
 def test_a_head_without_end(server: RunningServer) -> None:
-    with socket.create_connection(server.url.removeprefix("http://").split(":"), timeout=5) as client:
+    with socket.create_connection(server.url.removeprefix("http://").split(":"), timeout=60) as client:
         with contextlib.suppress(OSError):
             client.sendall(b"GET /livez HTTP/1.1\r\nX-Long: " + b"a" * (1 << 20))
         assert client.recv(64).startswith(b"HTTP/1.1 431")

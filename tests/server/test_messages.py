@@ -111,6 +111,16 @@ def test_the_system_and_blocks_are_messages_of_the_chat(server: RunningServer) -
     )
 
 
+def test_messages_of_one_role_in_a_row_are_one_turn(server: RunningServer) -> None:
+    def says(role: str, *texts: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text} for text in texts]}
+
+    apart = [{"role": "user", "content": "a"}, says("user", "b", "c"), says("assistant", "d"), says("assistant", "e")]
+    together = [says("user", "a", "b", "c"), says("assistant", "d", "e"), *HI]
+    assert counted(server, messages=[*apart, *HI]) == counted(server, messages=together)
+    assert post(server, messages=[*apart, *HI])["content"] == post(server, messages=together)["content"]
+
+
 def test_an_answer_goes_on_after_the_assistants_last_message(server: RunningServer) -> None:
     begun = [*HI, {"role": "assistant", "content": "I say"}]
     chat = {"messages": begun, "continue_final_message": True, "add_generation_prompt": False}

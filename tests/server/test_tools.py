@@ -252,6 +252,33 @@ def test_an_effort_of_none_turns_reasoning_off_where_the_template_can(server: Ru
     assert prompt_tokens(reasoning_effort="high", chat_template_kwargs={"enable_thinking": False}) == off
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"enable_thinking": False},
+        {"thinking": {"type": "disabled"}},
+        {"reasoning": {"effort": "none"}},
+        {"reasoning": {"enabled": False}},
+        {"think": False},
+    ],
+)
+def test_reasoning_is_turned_off_as_other_servers_have_it(server: RunningServer, fields: dict[str, Any]) -> None:
+    num_plain = answer(server, "yes")["usage"]["prompt_tokens"]
+    assert answer(server, "yes", reasoning_effort="none")["usage"]["prompt_tokens"] > num_plain
+    assert answer(server, "yes", **fields)["usage"]["prompt_tokens"] > num_plain
+    assert answer(server, "yes", reasoning_effort="low", **fields)["usage"]["prompt_tokens"] == num_plain
+    assert answer(server, "yes", chat_template_kwargs={"enable_thinking": True}, **fields)["usage"][
+        "prompt_tokens"
+    ] == (num_plain)
+
+
+def test_reasoning_is_bounded_and_left_out_as_other_servers_have_it(server: RunningServer) -> None:
+    text = "<think>\na b c d e f g\n</think>\n\nyes"
+    bounded = answer(server, text, thinking={"type": "enabled", "budget_tokens": 2})
+    assert bounded["usage"]["completion_tokens_details"]["reasoning_tokens"] == 2
+    assert "reasoning" not in answer(server, text, reasoning={"exclude": True})["choices"][0]["message"]
+
+
 def test_tools_that_may_not_be_called_are_not_in_the_prompt(server: RunningServer) -> None:
     none = answer(server, BERLIN, tools=TOOLS, tool_choice="none")
     assert none["choices"][0]["message"]["content"] == BERLIN

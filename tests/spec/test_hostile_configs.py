@@ -37,7 +37,7 @@ _ROPE_KEYS = (
 
 
 def _check(config: dict[str, Any]) -> None:
-    start = time.perf_counter()
+    start_s = time.process_time()
     try:
         spec = read_model_spec(config)
     except UsageError:
@@ -47,7 +47,7 @@ def _check(config: dict[str, Any]) -> None:
     for rope in {layer.rope for layer in spec.layers}:
         assert rope is not None
         assert len(rope_frequencies(rope, spec.max_position)) == rope.rotary_dim // 2
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start_s < 2
 
 
 @settings(max_examples=150)

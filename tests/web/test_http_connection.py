@@ -505,6 +505,24 @@ def test_what_is_not_kept_of_a_body_makes_room_and_belongs_to_its_key() -> None:
     assert budget.held_bytes == 0
 
 
+def test_what_is_kept_in_the_place_of_a_body_counts_with_its_own_size() -> None:
+    """As a conversation that is found by the id of its last response."""
+    budget = BodyBudget(8 * SMALL_BYTES)
+    body, others = Body(), [Body() for _ in range(3)]
+    budget.add(body, 100, "127.0.0.1")
+    budget.complete(body)
+    budget.keep(body, 3 * SMALL_BYTES, "key")
+    assert budget.held_bytes == 3 * SMALL_BYTES
+    for one in others:
+        budget.add(one, 100, "127.0.0.1")
+        budget.complete(one)
+    with pytest.raises(HttpError, match="those of one client"):
+        budget.keep(others[0], 3 * SMALL_BYTES, "key")
+    budget.keep(others[1], 4 * SMALL_BYTES, "second")
+    with pytest.raises(HttpError, match="all requests together"):
+        budget.keep(others[2], 2 * SMALL_BYTES, "third")
+
+
 def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "SECONDS_TO_READ", 0.2)
     ended = asyncio.Event()

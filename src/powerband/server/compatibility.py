@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
@@ -35,6 +35,8 @@ from powerband.server.protocol import (
     ContentPart,
     Message,
     Missing,
+    ReasoningEffort,
+    ReasoningSwitch,
     StreamOptions,
 )
 from powerband.web.body import unknown_field
@@ -43,6 +45,8 @@ from powerband.web.field_types import field_names, whole_number_fields
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _REASONING_PARTS = ("thinking", "reasoning")
 _REASONING_NAMES = ("reasoning", "thinking")  # of a message; ours is reasoning_content
+_SWITCHES = ("thinking", "enable_thinking", "think")  # of a request; ours is reasoning
+_EFFORTS = get_args(ReasoningEffort)
 _MAX_IGNORED = 64  # that are named: clients may send any number of unknown fields
 Path = tuple[str | int, ...]
 _HINT = "The fields are listed in docs/api.md; a server with --unknown-fields ignore takes others, too."
@@ -67,6 +71,10 @@ class Amendment:
 
     def __call__(self, body: dict[str, Any]) -> dict[str, Any]:
         """The body in our form, changed in place. Raises InvalidRequest for what is not supported, or unknown."""
+        if "reasoning" in _names(self._kind):
+            _move_switches(body)
+            if isinstance(switch := body.get("reasoning"), dict):
+                self._check_fields(switch, ReasoningSwitch, ("reasoning",), "reasoning.")
         self._check_fields(body, self._kind, (), "", _not_supported_by(self._kind), IGNORED - _names(self._kind))
         self._amend_values(body)
         if isinstance(options := body.get("stream_options"), dict):
@@ -238,6 +246,35 @@ def _move_reasoning(message: dict[str, Any], text: Any, name: str = "") -> None:
     message.pop(name, None)
     if text and not message.get("reasoning_content"):
         message["reasoning_content"] = text
+
+
+def _move_switches(body: dict[str, Any]) -> None:
+    """What DeepSeek, Qwen, Anthropic and Ollama have for it becomes `reasoning`, which is OpenRouter's."""
+    switch: dict[str, Any] = {}
+    for name in _SWITCHES:
+        match body.get(name):
+            case bool(value):
+                switch["enabled"] = value
+            case str(value) if value in _EFFORTS:
+                switch["effort"] = value
+            case {"type": "enabled" | "disabled" | "adaptive" | "auto" as kind, **more}:
+                if kind in ("enabled", "disabled"):
+                    switch["enabled"] = kind == "enabled"
+                if isinstance(budget := more.get("budget_tokens"), int):
+                    switch["max_tokens"] = budget
+            case _:
+                continue
+        del body[name]
+    budget = body.get("thinking_budget")
+    if isinstance(budget, int) and budget >= 0:
+        switch["max_tokens"] = body.pop("thinking_budget")
+    own = body.get("reasoning")
+    if isinstance(own, bool):
+        own = body["reasoning"] = {"enabled": own}
+    elif isinstance(own, str) and own in _EFFORTS:
+        own = body["reasoning"] = {"effort": own}
+    if switch and (own is None or isinstance(own, dict)):
+        body["reasoning"] = {**switch, **(own or {})}
 
 
 @cache

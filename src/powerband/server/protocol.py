@@ -234,6 +234,16 @@ class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_def
     function_call: None = None
 
 
+class ReasoningSwitch(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """As OpenRouter has it. What the model's template and format do not offer has no effect."""
+
+    effort: ReasoningEffort | None = None
+    enabled: bool | None = None
+    max_tokens: Annotated[int, Meta(ge=0, le=INT32, description="As thinking_token_budget")] | None = None
+    exclude: Annotated[bool, Meta(description="true: leave the reasoning out of the answer")] | None = None
+    summary: Annotated[Label, Meta(description="No effect")] | None = None
+
+
 class ChatRequest(GenerationRequest, forbid_unknown_fields=True, kw_only=True):
     """Body of /v1/chat/completions."""
 
@@ -253,6 +263,7 @@ class ChatRequest(GenerationRequest, forbid_unknown_fields=True, kw_only=True):
         Annotated[int, Meta(ge=-1, le=INT32, description="Maximum tokens of reasoning; -1: no limit")] | None
     ) = None
     include_reasoning: Annotated[bool, Meta(description="false: leave the reasoning out of the answer")] | None = None
+    reasoning: ReasoningSwitch | None = None
 
 
 class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -377,7 +388,8 @@ IGNORED = frozenset(
         "guided_decoding_backend",
         *("routed_experts_prompt_start", "separate_reasoning", "stream_reasoning", "rid", "no_stop_trim"),
         # OpenRouter, DeepSeek, Qwen and others that reason
-        *("reasoning", "thinking", "enable_thinking", "think", "provider", "transforms", "route", "models", "usage"),
+        *("reasoning", "thinking", "enable_thinking", "think", "thinking_budget"),  # chats take them
+        *("provider", "transforms", "route", "models", "usage"),
         # llama.cpp, Ollama
         *("keep_alive", "options", "num_ctx", "cache_prompt", "id_slot", "slot_id", "n_keep", "samplers"),
         *("timings_per_token", "mirostat_tau", "mirostat_eta", "repeat_last_n"),
@@ -394,13 +406,18 @@ MESSAGE_IGNORED = frozenset(
     (
         *("id", "object", "created", "created_at", "status", "type", "index", "metadata", "annotations", "citations"),
         *("cache_control", "reasoning", "reasoning_details", "reasoning_signature", "thinking", "thinking_blocks"),
-        *("provider_specific_fields", "stop_reason", "finish_reason", "token_ids"),
+        *("provider_specific_fields", "stop_reason", "finish_reason", "token_ids", "parsed"),
     )
 )
-PART_IGNORED = frozenset(("id", "annotations", "logprobs", "cache_control", "prompt_cache_breakpoint", "citations"))
-# Of tools and calls; `index` is what clients have that add deltas up.
+PART_IGNORED = frozenset(
+    ("id", "annotations", "logprobs", "cache_control", "prompt_cache_breakpoint", "citations", "parsed")
+)
+# Of tools and calls; `index` is what clients have that add deltas up, `parsed…` what they made of an answer themselves.
 TOOL_IGNORED = frozenset(
-    ("index", "cache_control", "defer_loading", "allowed_callers", "extra_content", "thought_signature")
+    (
+        *("index", "cache_control", "defer_loading", "allowed_callers", "extra_content", "thought_signature"),
+        "parsed_arguments",
+    )
 )
 # Parts of a message that are no text, and what they are.
 MEDIA_PARTS = {

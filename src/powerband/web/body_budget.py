@@ -52,15 +52,15 @@ class BodyBudget:
             self._complete[holder] = self._arriving.pop(holder)
 
     def keep(self, holder: BudgetHolder, size: int, owner: str) -> None:
-        """At most `size` bytes of the complete body are kept, and count for this owner.
+        """`size` bytes are kept of the complete body, or instead of it, and count for this owner.
 
-        Raises HttpError 503 if the owner holds too much, unless the body is small.
+        Raises HttpError 503 if the owner holds too much, or all together, unless the body is small.
         """
         if holder not in self._complete:
             return
-        size = min(size, self._complete[holder])
         self.release(holder)
-        if size > SMALL_BYTES and self._held.get(owner, 0) + size > self.max_bytes // 2:
+        is_full = self.held_bytes + size > self.max_bytes or self._held.get(owner, 0) + size > self.max_bytes // 2
+        if is_full and size > SMALL_BYTES:
             raise _too_many_bytes(self.max_bytes)
         self._complete[holder], self._owners[holder] = size, owner
         self._count(owner, size)

@@ -8,6 +8,8 @@ times are rounded to microseconds.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -213,12 +215,16 @@ def results_folder(folder: Path) -> Iterator[None]:
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as problem:
+        why = "it is a file, not a folder" if folder.is_file() else problem.strerror
+        hint = "--out FOLDER names another place."
+        raise EnvironmentFault(f"Cannot write results to {folder}: {why}.", hint=hint, param="out") from None
+    try:
         yield
-    except BaseException as problem:
+    except BaseException:
         with contextlib.suppress(OSError):
             if is_new:
                 folder.rmdir()
-        if isinstance(problem, OSError) and problem.filename == str(folder):
-            why = "it is a file, not a folder" if folder.is_file() else problem.strerror
-            raise EnvironmentFault(f"Cannot write results to {folder}: {why}.", param="out") from None
         raise

@@ -27,7 +27,10 @@ _NAMES = {
 # Those of them that change an output, and their values that change nothing.
 _IGNORED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"), (None, [], {})),
+    **dict.fromkeys(("stop_strings", "force_words_ids", "constraints"), (None, [], "")),
     **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), (None,)),
+    **dict.fromkeys(("top_h", "watermarking_config", "dola_layers"), (None,)),
+    "token_healing": (None, False),
     **dict.fromkeys(
         ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (None, 0)
     ),

@@ -49,7 +49,8 @@ def shared_gateway(owner: str, served_name: str, store: ServiceStore) -> Gateway
     if "://" in owner:
         raise UsageError(
             f"--gateway is {owner!r}: it takes the name of a deployed service, not the URL of a gateway.",
-            hint="'powerband status' shows the services. Elsewhere, list this service's URL in the gateway's --routes.",
+            hint="'powerband status' shows the services. For any other gateway, deploy without --gateway, and add the "
+            "address of this service to its routes: PUT /admin/routes/NAME (docs/operating.md).",
             param="gateway",
         )
     found = find_service(owner)

@@ -72,9 +72,11 @@ class MistralParser(TextParser):
         """f[ARGS]{…}, f[CALL_ID]abc[ARGS]{…} or f{…}"""
         begin = self._at
         limit = begin + MAX_NAME_CHARS
+        again = self._text.find(TAG, begin, limit + len(TAG))  # what stands before another one is no name
+        limit = again if again >= 0 else limit
         places = [place for tag in (ARGUMENTS, "{") if (place := self._text.find(tag, begin, limit)) >= 0]
         if not places:
-            if len(self._text) - begin < MAX_NAME_CHARS and TAG not in self._text[begin:]:
+            if len(self._text) - begin < MAX_NAME_CHARS and again < 0:
                 return False
             self._content("".join(self._raw))
             self._state = self._start

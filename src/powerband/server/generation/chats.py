@@ -9,7 +9,7 @@ from powerband.output_parsers.answer_grammar import answer_grammar
 from powerband.output_parsers.tool_use import ToolUse, tool_use
 from powerband.server.generation.engine_requests import Generation
 from powerband.server.generation.prompts import chat_prompt
-from powerband.server.generation.reasoning import thinking_budget
+from powerband.server.generation.reasoning import keeps_reasoning, thinking_budget
 from powerband.server.generation.sampling import chat_params
 from powerband.server.generation.structured import asked_form, grammar
 from powerband.server.protocol import ChatRequest
@@ -30,7 +30,7 @@ async def chat_generation(
     params = chat_params(body, model, len(prompt.token_ids))
     end = model.format.continued(_last_text(body)) if body.continue_final_message else prompt.text or ""
     params = await _with_grammar(replica, model, body, params, end, use)
-    reader = OutputReader(model.format, end, use, keeps_reasoning=body.include_reasoning is not False, budget=budget)
+    reader = OutputReader(model.format, end, use, keeps_reasoning=keeps_reasoning(body), budget=budget)
     return Generation(replica, model, body, [prompt], params, arrival_s, reader)
 
 

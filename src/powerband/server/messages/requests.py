@@ -183,6 +183,6 @@ FIELDS_IGNORED = IGNORED - set(MessagesRequest.__struct_fields__) | {
     *("context_management", "inference_geo", "diagnostics", "user_profile_id", "workspace_id", "betas"),
     *("anthropic_version", "anthropic_beta"),
 }
-BLOCK_IGNORED = frozenset(("toolset_name", "caller", "id"))
+BLOCK_IGNORED = frozenset(("toolset_name", "caller", "id", "parsed_output"))
 MESSAGE_IGNORED = frozenset(("id", "type", "model", "stop_reason", "stop_sequence", "usage", "container"))
 TOOL_IGNORED = frozenset(("allowed_callers", "defer_loading", "eager_input_streaming", "input_examples"))

@@ -94,17 +94,20 @@ def _set_thinking(chat: ChatRequest, config: ThinkingConfig, model: Model) -> No
 
 
 class _Conversation:
-    """The messages. Results of tools are messages of their own, before what else their message says."""
+    """The messages. Results of tools are messages of their own, before what else their message says.
+
+    As in Anthropic's API, messages of one role that follow each other are one turn; some templates refuse two.
+    """
 
     def __init__(self, body: CountTokensRequest, places: FieldPlaces) -> None:
         self.messages: list[Message] = []
         self._places = places
         if body.system:
-            self._add(Message(role="system", content=_joined(body.system)), "system")
+            self._add_text("system", _joined(body.system), "system")
         for index, message in enumerate(body.messages):
             place = f"messages.{index}"
             if isinstance(message.content, str):
-                self._add(Message(role=message.role, content=message.content), place)
+                self._add_text(message.role, message.content, place)
             elif message.role == "assistant":
                 self._add_answer(message.content, place)
             else:
@@ -113,6 +116,17 @@ class _Conversation:
     def _add(self, message: Message, place: str) -> None:
         self._places.add(f"messages.{len(self.messages)}", place)
         self.messages.append(message)
+
+    def _turn(self, role: Literal["user", "assistant", "system"], place: str) -> Message:
+        if role == "system" or not self.messages or self.messages[-1].role != role:
+            self._add(Message(role=role), place)
+        return self.messages[-1]
+
+    def _add_text(
+        self, role: Literal["user", "assistant", "system"], content: str | list[ContentPart], place: str
+    ) -> None:
+        message = self._turn(role, place)
+        message.content = _combined(message.content, content)
 
     def _add_blocks(self, role: Literal["user", "system"], blocks: list[InputBlock], place: str) -> None:
         """Of a user, or the system."""
@@ -129,11 +143,11 @@ class _Conversation:
             else:
                 raise _misplaced(at, block, role)
         if texts or not blocks:
-            self._add(Message(role=role, content=_joined(texts)), place)
+            self._add_text(role, _joined(texts), place)
 
     def _add_answer(self, blocks: list[InputBlock], place: str) -> None:
-        answer = Message(role="assistant")
-        position = len(self.messages)
+        answer = self._turn("assistant", place)
+        position = len(self.messages) - 1
         texts: list[TextInput] = []
         thoughts: list[str] = []
         for index, block in enumerate(blocks):
@@ -153,9 +167,16 @@ class _Conversation:
                 answer.tool_calls.append(ToolCall(id=block.id, function=call))
             elif isinstance(block, ToolResultInput):
                 raise _misplaced(at, block, "assistant")
-        answer.reasoning_content = "\n".join(thoughts) or None
-        answer.content = _joined(texts) if texts or not answer.tool_calls else None
-        self._add(answer, place)
+        answer.reasoning_content = "\n".join([*filter(None, (answer.reasoning_content,)), *thoughts]) or None
+        if texts or not answer.tool_calls:
+            answer.content = _combined(answer.content, _joined(texts))
+
+
+def _combined(first: str | list[ContentPart] | None, second: str | list[ContentPart]) -> str | list[ContentPart]:
+    if not first or not second:
+        return first or second
+    parts = [[ContentPart("text", content)] if isinstance(content, str) else content for content in (first, second)]
+    return parts[0] + parts[1]
 
 
 def _joined(content: str | list[TextInput]) -> str | list[ContentPart]:

@@ -5,6 +5,7 @@ Replicas need no state: the gateway writes the conversation before a request int
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +109,22 @@ class PreparedRequest:
     is_private: bool = False
 
 
+def _page(input: bytes, id: str, limit: int, order: str, after: str | None) -> dict[str, Any]:
+    """Some of the items of a response's input. Raises InvalidRequest."""
+    items = listed(msgspec.json.decode(input), id)
+    if order == "desc":
+        items.reverse()
+    ids = [item["id"] for item in items]
+    if after is not None:
+        if after not in ids:
+            raise InvalidRequest(f"'after' is {after[:80]!r}, which is no item of this response.", param="after")
+        items = items[ids.index(after) + 1 :]
+    page = items[:limit]
+    first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
+    has_more = len(items) > len(page)
+    return {"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": has_more}
+
+
 def _key_id(request: Request) -> str:
     key: Key | None = request.state.key
     return ANONYMOUS if key is None else key.id
@@ -148,18 +165,9 @@ class StoredResponseRoutes:
         if order not in ("asc", "desc"):
             raise InvalidRequest(f"'order' is {order[:20]!r}; it must be asc or desc.", param="order")
         stored = await self._find(request)
-        items = listed(msgspec.json.decode(stored.input), request.path_params["id"])
-        if order == "desc":
-            items.reverse()
-        ids = [item["id"] for item in items]
-        if after is not None:
-            if after not in ids:
-                raise InvalidRequest(f"'after' is {after[:80]!r}, which is no item of this response.", param="after")
-            items = items[ids.index(after) + 1 :]
-        page = items[: int(limit)]
-        first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
-        has_more = len(items) > len(page)
-        return json_response({"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": has_more})
+        # In a thread, because there may be thousands.
+        page = await asyncio.to_thread(_page, stored.input, request.path_params["id"], int(limit), order, after)
+        return json_response(page)
 
     async def _find(self, request: Request) -> StoredResponse:
         self._check_is_on()

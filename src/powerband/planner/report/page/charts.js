@@ -70,7 +70,7 @@ const Charts = (() => {
       to = Math.min(most, Math.max((limit ?? 0) * 3, near));
     }
     to = Math.max(to, limit ?? 0);
-    return to / least > 8 ? { ticks: ticksBetween(least / 1.25, to * 1.25), min: least / 1.25, max: to * 1.25 } : { min: 0, max: to * 1.06 };
+    return to / least > 8 ? { ticks: ticksBetween(least / 1.25, to * 1.25), min: least / 1.25, max: to * 1.25 } : { min: 0, max: way.key === "devices" ? Math.floor(to) + 1 : to * 1.06 };
   }
 
   // view: {x, y, points: [{x, y, i, one}], kinds: name → number, selected, recommended, roles, hasBands, ranges, tip}
@@ -101,7 +101,9 @@ const Charts = (() => {
   }
 
   function valueAxis(c, way, range, more) {
-    const labels = { axisLabel: { color: c.muted, fontSize: 11, hideOverlap: true, formatter: way.tick, showMaxLabel: Boolean(range.ticks) || way.isShare, customValues: range.ticks }, axisTick: { show: false, customValues: range.ticks } };
+    const isRound = Boolean(range.ticks) || way.isShare || way.key === "devices"; // else the end is wherever the points end
+    const tick = (value) => (value === range.max && !isRound ? "" : way.tick(value));
+    const labels = { axisLabel: { color: c.muted, fontSize: 11, hideOverlap: true, formatter: tick, showMaxLabel: isRound, customValues: range.ticks }, axisTick: { show: false, customValues: range.ticks } };
     const isWhole = way.key === "devices";
     return axis(c, {
       type: range.ticks ? "log" : "value", min: range.min, max: range.max, minInterval: isWhole ? 1 : undefined, nameTextStyle: { color: c.muted, fontSize: 12 },
