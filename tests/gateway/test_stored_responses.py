@@ -13,6 +13,8 @@ import vllm_replica
 from gateways_for_tests import RunningGateway, running_gateway, until
 from pass_through_gateway import client_of, new_key, serving
 
+from powerband.gateway.accounts.responses import _redacted
+
 ASKED: dict[str, Any] = {"model": "public", "input": "How is the weather?"}
 TOOL: Any = {"type": "function", "name": "weather", "parameters": {"type": "object", "properties": {}}}
 
@@ -231,3 +233,40 @@ def test_a_conversation_ends_at_the_largest_body(tmp_path: Path) -> None:
         second = client.responses.create(**asked, previous_response_id=first.id)
         with pytest.raises(openai.BadRequestError, match="larger than 5000 bytes"):
             client.responses.create(**asked, previous_response_id=second.id)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"role": "user", "content": "I am jane@example.com"},
+        {"role": "user", "name": "jane@example.com", "content": "hi"},
+        {"role": "user", "id": "jane@example.com", "content": "hi"},
+        {"type": "function_call", "call_id": "call_1", "name": "f", "arguments": '{"name": "jane\\u0040example.com"}'},
+        {"type": "function_call", "call_id": "call_1", "name": "f", "arguments": '{"jane\\u0040example.com": 1}'},
+        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "jane@example.com"}]},
+    ],
+)
+def test_personal_data_is_redacted_wherever_it_stands(item: dict[str, Any]) -> None:
+    *_, is_redacted, sent, _ = redacted_row(json.dumps([item]).encode(), b'{"output": []}')
+    assert is_redacted
+    assert b"jane" not in sent
+    *_, is_redacted, sent, response = redacted_row(b"[]", json.dumps({"output": [item]}).encode())
+    assert is_redacted
+    assert b"jane" not in response
+
+
+def test_other_fields_of_a_response_are_redacted_but_do_not_end_its_conversation() -> None:
+    response = {"metadata": {"jane@example.com": "x"}, "instructions": "I am jane@example.com", "output": []}
+    *_, is_redacted, _, stored = redacted_row(b"[]", json.dumps(response).encode())
+    assert not is_redacted
+    assert b"jane" not in stored
+
+
+def test_ids_that_look_like_the_number_of_a_card_stay() -> None:
+    item = {"type": "function_call", "call_id": "call_4111111111111111", "name": "f", "arguments": "{}"}
+    *_, is_redacted, sent, _ = redacted_row(json.dumps([item]).encode(), b'{"output": []}')
+    assert (is_redacted, json.loads(sent)) == (0, [item])
+
+
+def redacted_row(sent: bytes, response: bytes) -> Any:
+    return _redacted(("resp_1", 0.0, "key_1", "req_1", None, 0, sent, response))

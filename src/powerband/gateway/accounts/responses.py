@@ -8,6 +8,7 @@ more, so that it is refused.
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
@@ -30,8 +31,9 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?)
 """
 _SELECT = "SELECT previous_id, redacted, input, response FROM responses WHERE id = ? AND key_id = ?"
 _DELETE_TEXTS = "DELETE FROM content WHERE request_id = (SELECT request_id FROM responses WHERE id = ? AND key_id = ?)"
-# Names of values that say nothing of a person, and that clients compare.
-_IDENTIFIERS = frozenset(("id", "object", "type", "role", "status", "model", "call_id", "name", "previous_response_id"))
+# Made by servers: by chance their digits may look like the number of a card, and items refer to each other by them.
+_ID = re.compile(r"[a-z]{2,12}_[0-9A-Za-z]{8,64}")
+_ID_FIELDS = frozenset(("id", "call_id", "previous_response_id"))
 
 
 class StoredResponse(NamedTuple):
@@ -174,8 +176,12 @@ def _redacted_value(value: Any) -> Any:
     if isinstance(value, list):
         return [_redacted_value(one) for one in value]
     if isinstance(value, dict):
-        return {name: one if name in _IDENTIFIERS else _redacted_value(one) for name, one in value.items()}
+        return {_redacted_text(name): one if _is_id(name, one) else _redacted_value(one) for name, one in value.items()}
     return value
+
+
+def _is_id(name: str, value: Any) -> bool:
+    return name in _ID_FIELDS and isinstance(value, str) and _ID.fullmatch(value) is not None
 
 
 def _redacted_text(text: str) -> str:
