@@ -36,18 +36,19 @@ fast: $(DEV)
 structured: $(DEV)  ## structured output against 2,000 schemas and as many regular expressions (some minutes)
 	@POWERBAND_STRUCTURED_CASES=2000 $(BIN)/python -m pytest -s --timeout=7200 tests/structured/test_answers_of_generated_schemas.py
 
-# Nothing runs twice. Drills and slow tests mostly wait: they run beside each other, and the kernels with less right to the processors.
-test: $(DEV)  ## the whole proof: check, then slow tests, drills and kernels at the same time (TESTS=tests/core for a part)
+# Nothing runs twice. Drills mostly wait, and measure: kernels run beside them, with less right to the processors.
+test: $(DEV)  ## the whole proof: check, drills and kernels, then the slow tests (TESTS=tests/core for a part)
 	@rm -rf $(COUNTS)
 	@$(MAKE) --no-print-directory check
-	@$(MAKE) --no-print-directory -j 3 slow $(if $(filter tests,$(TESTS)),drill-tests kernels-beside)
+	@$(if $(filter tests,$(TESTS)),$(MAKE) --no-print-directory -j 2 kernels-beside drill-tests)
+	@$(MAKE) --no-print-directory slow
 	@$(BIN)/python -m pytest --add-counts $(COUNTS) tests/test_architecture.py
 
 # Files as tests/slow_files.txt orders them: those that take longest come first, so that no process ends long after the others.
-# More processes than two processors: what waits for a server, a load or a drill leaves them to others.
+# More processes than two processors: what waits for a server or a load leaves them to others.
 slow: $(DEV)
 	@echo "· slow tests"
-	@$(BIN)/python -m pytest -n 4 --no-loadscope-reorder --slow --save-counts $(COUNTS)/slow.json $(TESTS) \
+	@$(BIN)/python -m pytest -n 3 --no-loadscope-reorder --slow --save-counts $(COUNTS)/slow.json $(TESTS) \
 	  $(if $(filter tests,$(TESTS)),--ignore tests/drills)
 
 drill-tests: $(DEV)
