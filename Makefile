@@ -48,7 +48,7 @@ test: $(DEV)  ## the whole proof: check, drills and kernels, then the slow tests
 # More processes than two processors: what waits for a server or a load leaves them to others.
 slow: $(DEV)
 	@echo "· slow tests"
-	@$(BIN)/python -m pytest -n 3 --no-loadscope-reorder --slow --save-counts $(COUNTS)/slow.json $(TESTS) \
+	@$(BIN)/python -m pytest -n 4 --no-loadscope-reorder --slow --save-counts $(COUNTS)/slow.json $(TESTS) \
 	  $(if $(filter tests,$(TESTS)),--ignore tests/drills)
 
 drill-tests: $(DEV)

@@ -199,7 +199,7 @@ def check_books(core: EngineCore) -> None:
             assert not any(kv.pool.key_of[block] for block in held), "content from before the reset is findable"
         check_windows(core, r)
     assert not any(r.blocks for r in scheduler.waiting)
-    # A failure may take a block away from those behind it. They are then found by nobody, and evicted in their turn.
+    # A failure may take a block away from those behind it. They are then not found any more, and evicted in their turn.
     for block in () if executor.failed else kv.pool.cached:
         parent = kv.pool.parent_of[block]
         known = not parent or parent in kv.pool.block_of or parent in executor.salts

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from byte_replica import answer, byte_replica
 from gateways_for_tests import RunningGateway, running_gateway, until
 from pass_through_gateway import last_record
 
@@ -124,6 +127,34 @@ def test_what_one_replica_refuses_no_replica_keeps(gateway: RunningGateway, repl
     through(gateway, "/v1/load_lora_adapter", lora_name="taken", lora_path="/adapters/a", load_inplace=True)
     assert [adapters_of(one) for one in replicas] == [{"taken"}, {"taken"}]
     through(gateway, "/v1/unload_lora_adapter", lora_name="taken")
+
+
+@pytest.mark.parametrize(
+    ("reported", "status", "code"),
+    [
+        *((refused, 400, "why") for refused in (400, 404, 409)),
+        *((failed, 503, "no_replica") for failed in (401, 429, 500, 503)),
+    ],
+)
+def test_only_what_a_replica_refuses_is_the_administrators_fault(
+    tmp_path: Path, reported: int, status: int, code: str
+) -> None:
+    """Others may load it later: a replica that starts, is overloaded, or does not know the gateway's key."""
+
+    async def play(writer: asyncio.StreamWriter, _: dict[str, Any]) -> None:
+        writer.write(answer('{"error": {"message": "because", "code": "why"}}', status=reported))
+
+    paths = ("/v1/models", "/health")
+    with (
+        byte_replica(play, owner="vllm", paths=paths) as replica,
+        running_gateway(tmp_path, f"--replica={replica.url}") as gateway,
+    ):
+        until(lambda: list(gateway.replica_states().values()) == ["ready"])
+        found = gateway.admin.post("/v1/load_lora_adapter", json={"lora_name": "sql", "lora_path": "/adapters/a"})
+        error = found.json()["error"]
+        assert (found.status_code, error["code"]) == (status, code)
+        assert "because" in error["message"]
+        assert gateway.admin.get("/admin/routes").json()["routes"].get("adapters", []) == []
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from typing import Any
 
 import httpx
 
+from powerband.engine.process import HEARTBEAT_S
+
 SERVE_FAKE = Path(__file__).with_name("serve_fake.py")
 
 
@@ -32,6 +34,15 @@ class RunningServer:
         """One sample of /metrics."""
         line = next(line for line in self.http.get("/metrics").text.splitlines() if line.startswith(name))
         return float(line.rpartition(" ")[2])
+
+    def settled(self, name: str) -> float:
+        """A sample that comes with the engine's heartbeats, once two of them have changed nothing."""
+        value, since_s = self.figure(name), time.monotonic()
+        while time.monotonic() - since_s < 2 * HEARTBEAT_S:
+            time.sleep(0.01)
+            if (now := self.figure(name)) != value:
+                value, since_s = now, time.monotonic()
+        return value
 
     def engine_pid(self) -> int:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()

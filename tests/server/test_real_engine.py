@@ -148,14 +148,13 @@ def test_a_form_that_cannot_be_followed_is_a_400_that_names_the_place(
 
 @pytest.mark.parametrize("n", [2, 7])  # there are four seats: some choices wait
 def test_the_choices_of_a_prompt_compute_it_once(server: RunningServer, n: int) -> None:
-    def count(what: str) -> float:
-        return server.figure(f"powerband_prefix_cache_{what}_total")
-
-    before = count("queries"), count("hits")
+    names = [f"powerband_prefix_cache_{what}_total" for what in ("queries", "hits")]
+    before = [server.settled(name) for name in names]
     prompt = [300 + 7 * n + place for place in range(100)]
     answer = server.post("/v1/completions", prompt=prompt, max_tokens=3, n=n, temperature=1.0)
     assert len(answer.json()["choices"]) == n
-    queries, hits = count("queries") - before[0], count("hits") - before[1]
+    server.until(lambda: server.figure(names[0]) > before[0])
+    queries, hits = (server.settled(name) - known for name, known in zip(names, before, strict=True))
     assert (queries, hits) == (100 * n, 96 * (n - 1))  # all but the last block of sixteen
     assert answer.json()["usage"]["prompt_tokens"] == 100
 

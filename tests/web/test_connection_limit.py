@@ -66,7 +66,7 @@ def test_who_comes_with_a_request_is_served_however_many_are_held(kind: str) -> 
     run(scenario)
 
 
-def test_clients_that_do_not_read_their_answers_keep_nobody_out() -> None:
+def test_clients_that_do_not_read_their_answers_do_not_keep_others_out() -> None:
     async def large(scope: Scope, _: Receive, send: Send) -> None:
         if scope["path"] == "/next":
             await answer(send, b"x")

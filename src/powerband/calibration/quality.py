@@ -14,7 +14,7 @@ from powerband.calibration.curve_fit import FitErrors
 from powerband.errors import EnvironmentFault
 from powerband.spec.hardware.profile import HostModel
 
-# Catalog devices that nobody has measured are known to ±25 to 35 %. What is further off than these is of no use.
+# Catalog devices that were not measured are known to ±25 to 35 %. What is further off than these is of no use.
 MAX_MEDIAN, MAX_P90 = 0.5, 1.0
 MAX_WAY_S = 0.5  # from a client to the engine, and back
 _MAX_LOAD = 0.25  # of other programs: of each core

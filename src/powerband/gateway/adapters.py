@@ -64,6 +64,10 @@ class GatewayAdapterRoutes:
                 done = [one for one, result in zip(addresses, results, strict=True) if result is None]
                 await asyncio.gather(*(self._unload(one, body.lora_name) for one in done), return_exceptions=True)
                 raise refused
+            if all(result is not None for result in results):
+                raise HttpError(
+                    503, "no_replica", f"No replica could load it now: {results[0]}", hint="Try again later."
+                )
             route = AdapterRoute(name=body.lora_name, path=body.lora_path, model=served.route.name)
             self._gateway.set_routes(self._gateway.routes.with_adapter(route))
             for address, result in zip(addresses, results, strict=True):

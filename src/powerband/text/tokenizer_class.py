@@ -212,10 +212,10 @@ def _begins_with_bos(rust: RustTokenizer, named: Mapping[str, str], config: Mapp
 
 
 def _pair_of(rust: RustTokenizer, named: Mapping[str, str], first: str, last: str) -> list[tuple[str, int]] | None:
-    """The tokens around a text; None where tokenizer_config.json says that one does not exist."""
+    """The tokens around a text; None where one does not exist."""
     texts = [named.get(name) for name in (first, last)]
-    found = [(text, rust.token_to_id(text)) for text in texts if text is not None]
-    return [(text, id) for text, id in found if id is not None] if len(found) == len(texts) else None
+    found = [(text, id) for text in texts if text is not None and (id := rust.token_to_id(text)) is not None]
+    return found if len(found) == len(texts) else None
 
 
 def _cls_and_sep(rust: RustTokenizer, named: Mapping[str, str], _config: Mapping[str, Any]) -> Any:

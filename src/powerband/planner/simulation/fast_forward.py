@@ -102,7 +102,7 @@ def _may_start(scheduler: Scheduler) -> bool:
     place, last = len(match.blocks) // kv.num_groups, (len(r.tokens) - 1) // kv.block_size
     if not kv.prefix_caching or place >= last:
         return False
-    if kv.layout.windowed:  # whoever computes any later block of the prompt may be the one whose windows it needs
+    if kv.layout.windowed:  # any request that computes a later block may provide the windows that it needs
         return any(q.num_published < last and _share_prefix(q, r, q.num_published) for q in running)
     return any(q.num_published <= place and _share_prefix(q, r, place) for q in running)
 

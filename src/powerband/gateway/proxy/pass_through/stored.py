@@ -83,7 +83,7 @@ async def prepare(gateway: Gateway, responses: ResponseStore, request: Request) 
         return PreparedRequest(data, is_private=True)
     if items is None:
         return PreparedRequest(data)  # the replica refuses it
-    id = f"resp_{secrets.token_hex(24)}"  # nobody can guess it
+    id = f"resp_{secrets.token_hex(24)}"  # cannot be guessed
     kept = ResponseToStore(responses, id, key_id, request.state.request_id, previous, b"[%b]" % items)
     return PreparedRequest(data, kept)
 

@@ -210,8 +210,8 @@ class Blocks {
 int64_t attention_block(std::optional<Tensor> norm, std::optional<Tensor> post_norm, double eps,
                         std::vector<Tensor> qkv, int64_t qkv_group_size, std::vector<Tensor> output,
                         int64_t output_group_size, int64_t rotation, std::optional<Tensor> head_norm, Tensor cache,
-                        int64_t group, int64_t num_heads, int64_t num_kv_heads, double scale, int64_t window, double softcap,
-                        std::optional<Tensor> sinks) {
+                        int64_t group, int64_t num_heads, int64_t num_kv_heads, double scale, int64_t window,
+                        double softcap, std::optional<Tensor> sinks) {
     check(num_heads > 0 && num_kv_heads > 0 && head_dim_of(cache) > 0, "attention_block: there must be heads");
     auto block = std::make_shared<AttentionBlock>();
     block->residual = {norm, post_norm, static_cast<float>(eps)};
@@ -242,7 +242,8 @@ int64_t mlp_block(std::optional<Tensor> norm, std::optional<Tensor> post_norm, d
 
 void run_blocks(std::vector<int64_t> blocks, Tensor hidden, std::vector<Tensor> cos, std::vector<Tensor> sin,
                 std::vector<Tensor> slots, Tensor query_starts, Tensor context_lens, std::vector<Tensor> block_tables,
-                int64_t num_decodes, std::vector<int64_t> deltas, std::vector<int64_t> delta_starts, std::vector<int64_t> delta_ends) {
+                int64_t num_decodes, std::vector<int64_t> deltas, std::vector<int64_t> delta_starts,
+                std::vector<int64_t> delta_ends) {
     check(hidden.dim() == 2, "hidden must be [tokens, hidden size]");
     const Hidden rows{mutable_pointer<bf16>(hidden, "hidden"), hidden.size(0), hidden.size(1)};
     const Step step{cos, sin, slots, query_starts, context_lens, block_tables, num_decodes};
@@ -270,8 +271,8 @@ void free_blocks(std::vector<int64_t> blocks) {
 STABLE_TORCH_LIBRARY_FRAGMENT(powerband, m) {
     m.def(
         "attention_block(Tensor? norm, Tensor? post_norm, float eps, Tensor[] qkv, int qkv_group_size, "
-        "Tensor[] output, int output_group_size, int rotation, Tensor? head_norm, Tensor cache, int group, int num_heads, "
-        "int num_kv_heads, float scale, int window, float softcap, Tensor? sinks) -> int");
+        "Tensor[] output, int output_group_size, int rotation, Tensor? head_norm, Tensor cache, int group, "
+        "int num_heads, int num_kv_heads, float scale, int window, float softcap, Tensor? sinks) -> int");
     m.def(
         "mlp_block(Tensor? norm, Tensor? post_norm, float eps, Tensor[] gate_up, int gate_up_group_size, "
         "Tensor[] down, int down_group_size, int intermediate_size, int activation) -> int");
