@@ -10,6 +10,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
+from schemathesis.core.failures import FailureGroup
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_headers_conformance,
@@ -74,3 +75,33 @@ def test_every_operation_keeps_its_description(
 
     hold()
     assert server.http.get("/readyz").status_code == 200
+
+
+STREAMS = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a b c"}], "max_tokens": 3},
+    "/v1/completions": {"prompt": "a b c", "max_tokens": 3},
+    "/v1/responses": {"input": "a b c", "max_output_tokens": 3},
+    "/v1/messages": {"messages": [{"role": "user", "content": "a b c"}], "max_tokens": 3},
+}
+
+
+def test_each_event_of_a_stream_is_as_described(server: RunningServer) -> None:
+    document = description()
+    described = schemathesis.openapi.from_dict(document)
+    assert [path for path in document["paths"] if "text/event-stream" in str(document["paths"][path])] == [*STREAMS]
+    for path, body in STREAMS.items():
+        case = described[path]["post"].Case(body=body | {"stream": True}, media_type="application/json")
+        answer = case.call(base_url=server.url)
+        assert answer.status_code == 200
+        assert answer.text.count("data: ") > 3
+        case.validate_response(answer, checks=CHECKS)
+
+
+def test_an_event_that_is_not_as_described_would_be_found(server: RunningServer) -> None:
+    described = schemathesis.openapi.from_dict(description())
+    for path, body in STREAMS.items():
+        case = described[path]["post"].Case(body=body | {"stream": True}, media_type="application/json")
+        answer = case.call(base_url=server.url)
+        answer.content = answer.content.replace(b'"model":', b'"other":')
+        with pytest.raises(FailureGroup):
+            case.validate_response(answer, checks=CHECKS)

@@ -38,7 +38,7 @@ class Operation:
 
 
 def describe(operations: Sequence[Operation], *, needs_key: bool) -> dict[str, Any]:
-    """An OpenAPI 3.1 document. Every error status that a route may answer is declared, and so are streams."""
+    """An OpenAPI 3.2 document. Every error status that a route may answer is declared, and so are streams."""
     types = [t for o in operations for t in (o.body, o.reply, o.chunk, o.error) if t is not None]
     unique = list(dict.fromkeys([*types, ErrorBody]))
     schemas, components = msgspec.json.schema_components(unique, ref_template="#/components/schemas/{name}")
@@ -50,7 +50,7 @@ def describe(operations: Sequence[Operation], *, needs_key: bool) -> dict[str, A
         path = operation.path.replace(":path", "")
         paths.setdefault(path, {})[operation.method.lower()] = _operation(operation, path, schema_of, needs_key)
     document: dict[str, Any] = {
-        "openapi": "3.1.0",
+        "openapi": "3.2.0",
         "info": {"title": "Powerband", "version": version("powerband"), "description": "One replica's API."},
         "paths": paths,
         "components": {"schemas": components},
@@ -68,8 +68,7 @@ def _operation(operation: Operation, path: str, schema_of: dict[Any, Any], needs
         content = {"application/json": {"schema": schema_of[operation.reply]}}
     if operation.chunk is not None:
         content["text/event-stream"] = {
-            "schema": {"type": "string", "description": "Events whose data is a chunk, then [DONE]"},
-            "itemSchema": schema_of[operation.chunk],
+            "itemSchema": _event({"anyOf": [schema_of[operation.chunk], schema_of[operation.error]]})
         }
     closed = path not in OPEN_PATHS
     statuses = [*operation.errors, *([401 if needs_key else 403] if closed else [])]
@@ -89,3 +88,14 @@ def _operation(operation: Operation, path: str, schema_of: dict[Any, Any], needs
     if closed and needs_key:
         described["security"] = [{"key": []}]
     return described
+
+
+def _event(data: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a server-sent event with `data` in JSON, or with the [DONE] that ends OpenAI's streams."""
+    text = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
+    return {
+        "type": "object",
+        "required": ["data"],
+        "properties": {"event": {"type": "string"}, "data": {"anyOf": [{"const": "[DONE]"}, text]}},
+        "additionalProperties": False,
+    }
