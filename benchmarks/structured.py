@@ -99,44 +99,37 @@ SIDES = {"without a schema": None, "with one": ENDLESS, "with one, in one line":
 
 
 @dataclass
-class Taken:
-    """Times of one side."""
+class Turn:
+    """One batch of one side."""
 
-    steps: list[float] = field(default_factory=list)  # of those that decode the whole batch, a token each
+    steps: list[float] = field(default_factory=list)  # times of those that decode the whole batch, a token each
     seconds: float = 0.0  # of all steps
-    num_tokens: int = 0  # that they put out for each answer
+    cpu_s: float = 0.0  # of the whole process
 
     @property
-    def figures(self) -> tuple[float, float]:
-        return self.step_ms, self.token_ms
-
-    @property
-    def step_ms(self) -> float:
-        return 1e3 * statistics.median(self.steps)
-
-    @property
-    def token_ms(self) -> float:
-        """All steps' time by the tokens of one answer: several at once where a form forces them."""
-        return 1e3 * self.seconds / self.num_tokens
+    def figures(self) -> list[float]:
+        """In ms: a step; an output token, of which several may come at once where a form forces them; its CPU time."""
+        return [1e3 * statistics.median(self.steps), 1e3 * self.seconds / TOKENS, 1e3 * self.cpu_s / TOKENS]
 
 
-def measure(llm: LLM, batch: int, form: StructuredOutputsParams | None, seed: int, taken: Taken) -> None:
-    """One batch of answers, added to `taken`."""
-    seconds: list[float] = []
+def measure(llm: LLM, batch: int, form: StructuredOutputsParams | None, seed: int) -> Turn:
+    turn = Turn()
 
     def observe(record: StepRecord) -> None:
-        taken.seconds += record.exclusive_s
+        turn.seconds += record.exclusive_s
         if record.step.num_tokens == len(record.step.works) == batch:
-            seconds.append(record.exclusive_s)
+            turn.steps.append(record.exclusive_s)
 
     llm._engine.core.observer = observe
     params = [
         SamplingParams(temperature=0.8, seed=seed + i, max_tokens=TOKENS, ignore_eos=True, structured_outputs=form)
         for i in range(batch)
     ]
+    began_s = time.process_time()
     llm.generate([[5 + i, 6, 7] for i in range(batch)], params, use_tqdm=False)
-    taken.steps += seconds[2:]
-    taken.num_tokens += TOKENS
+    turn.cpu_s = time.process_time() - began_s
+    turn.steps = turn.steps[2:]
+    return turn
 
 
 def forced(llm: LLM, args: argparse.Namespace) -> None:
@@ -166,16 +159,20 @@ def forced(llm: LLM, args: argparse.Namespace) -> None:
                 REPORT.append({"keys": name, "num_tokens": num_tokens, "num_steps": num_steps, "seconds": seconds})
 
 
-def show(who: str, batch: int, found: dict[str, Taken]) -> None:
+def show(who: str, batch: int, found: dict[str, list[Turn]]) -> None:
+    """Medians over the turns; and of each turn's ratio to the one without a schema, with quartiles."""
     plain = found["without a schema"]
-    for name, one in found.items():
-        REPORT.append({"engine": who, "batch": batch, "side": name, "step_ms": one.step_ms, "token_ms": one.token_ms})
-        step, token = (100 * (a / b - 1) for a, b in zip(one.figures, plain.figures, strict=True))
-        print(
-            f"{who}, batch {batch:3}, {name:22} {one.step_ms:8.2f} ms a step of one token each ({step:+.1f} %), "
-            f"{one.token_ms:8.2f} ms an output token ({token:+.1f} %)",
-            flush=True,
-        )
+    for name, turns in found.items():
+        texts = []
+        for i, what in enumerate(("ms a step of one token each", "ms an output token", "ms of CPU an output token")):
+            values = [turn.figures[i] for turn in turns]
+            over = [100 * (value / other.figures[i] - 1) for value, other in zip(values, plain, strict=True)]
+            low, middle, high = statistics.quantiles(over, n=4)
+            texts.append(f"{statistics.median(values):8.2f} {what} ({middle:+.1f} %, {low:+.1f} to {high:+.1f})")
+            REPORT.append(
+                {"engine": who, "batch": batch, "side": name, "what": what, "values": values, "over_percent": middle}
+            )
+        print(f"{who}, batch {batch:3}, {name:22} {', '.join(texts)}", flush=True)
 
 
 def steps(args: argparse.Namespace) -> None:
@@ -186,11 +183,11 @@ def steps(args: argparse.Namespace) -> None:
             print(f"shape {args.layers} x {args.hidden}, {llm.get_tokenizer().vocab_size} tokens, {llm.settings.dtype}")
             forced(llm, args)
             for batch in args.batches:
-                found = {side: Taken() for side in SIDES}
+                found: dict[str, list[Turn]] = {side: [] for side in SIDES}
                 for turn in range(args.rounds + 1):
-                    for side, form in SIDES.items():  # the first turn warms up
-                        measure(llm, batch, form, 1000 * turn, found[side] if turn else Taken())
-                show("ours", batch, found)
+                    for side, form in SIDES.items():
+                        found[side].append(measure(llm, batch, form, 1000 * turn))
+                show("ours", batch, {side: turns[1:] for side, turns in found.items()})  # the first warms up
         if args.vllm is not None:
             peer_steps(name, args)
 
@@ -207,12 +204,7 @@ def peer_steps(folder: str, args: argparse.Namespace) -> None:
         command, input=json.dumps(forms), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
     )
     for batch, sides in json.loads(done.stdout.splitlines()[-1]).items():
-        found = {}
-        for side, taken in sides.items():
-            decodes = [seconds for seconds, tokens in taken if tokens == int(batch)]
-            num_tokens = sum(tokens for _, tokens in taken) // int(batch)
-            found[side] = Taken(decodes, sum(seconds for seconds, _ in taken), num_tokens)
-        show("vLLM", int(batch), found)
+        show("vLLM", int(batch), {side: [Turn(**turn) for turn in turns] for side, turns in sides.items()})
 
 
 def new_schema(chance: random.Random) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     VLLM/bin/python benchmarks/structured_vllm.py FOLDER ROUNDS TOKENS BATCH… < {"form": schema or null, …}
 
-Writes JSON: for each batch and form the seconds of all steps and the tokens of one answer.
+Writes JSON: for each batch and form the turns, each with the seconds of steps that gave a token to every answer, the
+seconds of all steps, and those of the processors.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VL
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}"}
 
 
-def measure(llm: Any, params: list[Any]) -> list[tuple[float, int]]:
-    """Of each step its seconds and the tokens that came of it."""
+def measure(llm: Any, params: list[Any]) -> dict[str, Any]:
+    """One turn: a batch of answers."""
     engine = llm.llm_engine
     for i, own in enumerate(params):
         engine.add_request(f"{time.monotonic_ns()}-{i}", {"prompt_token_ids": [5 + i, 6, 7]}, own)
-    found, seen = [], {}
+    decodes, all_s, seen = [], 0.0, {}
+    began_cpu_s = time.process_time()
     while engine.has_unfinished_requests():
         began_s = time.perf_counter()
         outputs = engine.step()
@@ -32,8 +34,9 @@ def measure(llm: Any, params: list[Any]) -> list[tuple[float, int]]:
             tokens = len(output.outputs[0].token_ids)
             count += tokens - seen.get(output.request_id, 0)
             seen[output.request_id] = tokens
-        found.append((seconds, count))
-    return found
+        all_s += seconds
+        decodes += [seconds] if count == len(params) else []
+    return {"steps": decodes[2:], "seconds": all_s, "cpu_s": time.process_time() - began_cpu_s}
 
 
 def main() -> None:
@@ -52,7 +55,7 @@ def main() -> None:
         disable_log_stats=True,
         seed=0,
     )
-    results: dict[str, dict[str, list[tuple[float, int]]]] = {}
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for batch in batches:
         into = results.setdefault(str(batch), {name: [] for name in forms})
         for turn in range(rounds + 1):
@@ -70,7 +73,7 @@ def main() -> None:
                     for i in range(batch)
                 ]
                 found = measure(llm, params)
-                into[name] += found if turn else []  # the first warms up
+                into[name] += [found] if turn else []  # the first warms up
     print("\n" + json.dumps(results))
 
 
