@@ -136,7 +136,7 @@ def test_every_file_of_the_package_is_in_the_wheel_and_the_sdist(built: tuple[Pa
 def test_plans_memory_and_gateway_without_torch(installed: Installed) -> None:
     installed.run("python", "-c", "import powerband, importlib.util as u; assert u.find_spec('torch') is None")
     assert installed.run("powerband", "--version").startswith("powerband ")
-    plan = ("--devices", "L4", "--rate", "4", *LOAD, "-o", "plan.yaml", "--html", "plan.html")
+    plan = ("--devices", "L4", "--rate", "0.2", *LOAD, "-o", "plan.yaml", "--html", "plan.html")
     assert "chosen" in installed.run("powerband", "plan", "demo", *plan)
     assert (installed.folder / "plan.html").stat().st_size > 100_000, "the page holds its scripts"
     assert "KV cache" in installed.run("powerband", "memory", "demo")

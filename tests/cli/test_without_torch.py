@@ -18,7 +18,7 @@ WORK = {
     "memory demo": "KV cache",
     "memory demo --kernels off": "KV cache",
     "config show demo": "max_num_seqs",
-    "plan demo --devices L4 --rate 2 --prompt-tokens 32-128 --output-tokens 8-32 -o plan.yaml": "chosen",
+    "plan demo --devices L4 --rate 0.2 --prompt-tokens 32-128 --output-tokens 8-32 -o plan.yaml": "chosen",
     "simulate plan.yaml": "PASS",
     "keys create --help": "powerband keys create",
     "bench --help": "powerband bench",
