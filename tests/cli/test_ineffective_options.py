@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,6 @@ from powerband.spec.settings_layers import resolve
 
 KNOWN = (EngineSettings, ServerSettings)
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "powerband"
-# Attributes that code outside the settings and the command line reads.
-READ = {
-    node.attr
-    for path in SOURCE.rglob("*.py")
-    if path.name != "settings.py" and path.parent.name != "cli"
-    for node in ast.walk(ast.parse(path.read_text()))
-    if isinstance(node, ast.Attribute)
-}
 # Per rule, in their order: settings that break it on a device, and a neighbour that is fine on a device.
 CASES: list[tuple[dict[str, Any], str, dict[str, Any], str]] = [
     ({"revision": "main"}, "cpu", {"revision": "main", "model": "org/name"}, "cpu"),
@@ -72,7 +65,18 @@ def test_device_is_looked_for_only_when_it_matters() -> None:
     check_effects(resolve(KNOWN, KNOWN, {"max_num_seqs": 4}, {}, None), unexpected)
 
 
+@cache
+def attributes_read() -> set[str]:
+    """By code outside the settings and the command line."""
+    trees = [
+        ast.parse(path.read_text())
+        for path in SOURCE.rglob("*.py")
+        if path.name != "settings.py" and path.parent.name != "cli"
+    ]
+    return {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
 @pytest.mark.parametrize("setting", [item.name for settings in KNOWN for item in fields(settings)])
 def test_every_setting_is_read_by_what_it_is_for(setting: str) -> None:
     """None is accepted and then ignored: the engine or the server reads each one."""
-    assert setting in READ
+    assert setting in attributes_read()

@@ -109,10 +109,14 @@ def sentence_model(base: Path, folder: Path, pooling: str, *modules: Any, **sett
 
 
 def dense(out_features: int, **settings: Any) -> Any:
-    """Makes a Dense module."""
-    from sentence_transformers.base.modules import Dense
+    """Makes a Dense module. Only that imports what it needs: parameters of tests name it in every process."""
 
-    return lambda: Dense(HIDDEN, out_features, **settings)
+    def make() -> Any:
+        from sentence_transformers.base.modules import Dense
+
+        return Dense(HIDDEN, out_features, **settings)
+
+    return make
 
 
 def normalize() -> Any:

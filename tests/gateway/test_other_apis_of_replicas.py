@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import anthropic
 import msgspec
 import openai
 import pytest
@@ -65,6 +64,8 @@ def test_usage_is_the_replicas(gateway: RunningGateway, path: str) -> None:
 
 
 def test_the_official_clients_work_through_a_gateway(gateway: RunningGateway) -> None:
+    import anthropic  # two seconds of every process that collects tests, if it stood above
+
     secret = gateway.admin.post("/admin/keys", json={"name": "user"}).json()["secret"]
     with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=secret, max_retries=0) as client:
         assert client.responses.create(**RESPONSES).output_text == ANSWER
