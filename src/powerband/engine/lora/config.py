@@ -19,7 +19,6 @@ from powerband.spec.config_reader import ConfigReader, shown
 
 FILE = "adapter_config.json"
 CODE = "bad_adapter"
-MAX_RANK = 256
 ALL_LINEAR = "all-linear"
 _MAX_CONFIG_BYTES = 4 << 20
 _MAX_PATTERNS = 10_000

@@ -22,8 +22,6 @@ Method = Literal["gptq", "awq", "compressed-tensors"]
 Held = Literal["none", "int8", "int4"]  # none: in the engine's dtype
 
 DEFAULT_GROUP = 128
-# Inputs that share a scale, as the int4 product takes them.
-GROUP_SIZES = (128, 64, 32)
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # the second until compressed-tensors 0.6
 # Files beside a config.json that say nothing of it, and the methods of the tools that wrote them.
 QUANTIZATION_FILES = {
