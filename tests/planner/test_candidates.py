@@ -142,7 +142,13 @@ def test_a_precision_that_was_not_measured_on_this_machine_is_left_out_of_its_pl
         multiprocessors=2,
         gemm={"powerband": {"none": measured, "int4": measured}},
     )
-    here = SearchSpace([local], ["powerband"], 1, 4096, quantizations=("none", "int8", "int4"))
+    here = SearchSpace(
+        profiles=[local],
+        engines=["powerband"],
+        max_devices=1,
+        max_model_len=4096,
+        quantizations=("none", "int8", "int4"),
+    )
     found, pruned = replica_options(LLAMA_8B, CheckpointPrecision(), here)
     assert {option.replica.quantization for option in found} == {"none", "int4"}
     assert "int8 could not be measured well enough on this machine" in reason(pruned, "powerband on local in int8")
