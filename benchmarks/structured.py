@@ -103,7 +103,7 @@ class Turn:
     """One batch of one side."""
 
     steps: list[float] = field(default_factory=list)  # times of those that decode the whole batch, a token each
-    seconds: float = 0.0  # of all steps
+    seconds: float = 0.0  # from begin to end of an answer, mean over the answers
     cpu_s: float = 0.0  # of the whole process
 
     @property
@@ -116,7 +116,7 @@ def measure(llm: LLM, batch: int, form: StructuredOutputsParams | None, seed: in
     turn = Turn()
 
     def observe(record: StepRecord) -> None:
-        turn.seconds += record.exclusive_s
+        turn.seconds += record.exclusive_s * len(record.step.works) / batch
         if record.step.num_tokens == len(record.step.works) == batch:
             turn.steps.append(record.exclusive_s)
 

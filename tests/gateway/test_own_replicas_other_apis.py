@@ -68,6 +68,9 @@ def test_a_stored_conversation_is_answered_as_if_it_was_sent_whole(gateway: Runn
     whole = client.responses.create(input=items, store=False, **asked)
     assert continued.output_text == whole.output_text != ""
     assert continued.usage is not None
+    counted = client.responses.input_tokens.count(model="demo", input="And a tuple?", previous_response_id=first.id)
+    assert counted.input_tokens == continued.usage.input_tokens
+    assert last_record(gateway)["record"]["prompt_tokens"] == counted.input_tokens
     assert whole.usage is not None
     assert continued.usage.input_tokens == whole.usage.input_tokens
 

@@ -234,7 +234,7 @@ def test_replicas_count_tokens_in_turns(gateway: RunningGateway) -> None:
         assert [len(one.posts) for one in replicas] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("path", ["/tokenize", "/v1/messages/count_tokens"])
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/messages/count_tokens", "/v1/responses/input_tokens"])
 def test_what_a_client_that_left_asked_for_is_not_counted_any_more(gateway: RunningGateway, path: str) -> None:
     ended = threading.Event()
 

@@ -130,7 +130,7 @@ POWERBAND = EngineAdapter(
     histograms={"ttft": b"powerband_ttft_seconds", "queue": b"powerband_queue_seconds"},
     endpoints=frozenset(
         (
-            *("/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
+            *("/v1/responses", "/v1/responses/input_tokens", "/v1/messages", "/v1/messages/count_tokens"),
             *("/v1/embeddings", "/v1/score", "/score", "/v1/rerank", "/rerank", "/v2/rerank"),
         )
     ),

@@ -45,6 +45,7 @@ def make_app(gateway: Gateway, accounts: Accounts, metrics: GatewayMetrics) -> A
         Route("/tokenize", tokens.tokenize, methods=["POST"]),
         Route("/detokenize", tokens.detokenize, methods=["POST"]),
         Route("/v1/messages/count_tokens", tokens.count_tokens, methods=["POST"]),
+        Route("/v1/responses/input_tokens", tokens.input_tokens, methods=["POST"]),
         Route("/version", pages.version, methods=["GET"]),
         Route("/livez", pages.live, methods=["GET"]),
         Route("/readyz", pages.ready, methods=["GET"]),

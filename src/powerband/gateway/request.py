@@ -13,7 +13,7 @@ __all__ = ["ANONYMOUS", "CompletedRequest", "Endpoint", "GatewayRequest"]
 
 # fmt: off
 Endpoint = Literal[
-    "chat", "completions", "tokenize", "detokenize", "count_tokens",
+    "chat", "completions", "tokenize", "detokenize", "count_tokens", "input_tokens",
     # Passed through to engines that offer them:
     "responses", "messages", "embeddings", "rerank", "score", "pooling", "classify",
 ]

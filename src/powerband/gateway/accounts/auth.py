@@ -37,6 +37,7 @@ COUNTED = frozenset(
         "/tokenize",
         "/detokenize",
         "/v1/responses",
+        "/v1/responses/input_tokens",
         "/v1/messages",
         "/v1/messages/count_tokens",
         "/v1/embeddings",

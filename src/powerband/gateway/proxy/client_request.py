@@ -42,6 +42,7 @@ PATHS: dict[Endpoint, str] = {
     "tokenize": "/tokenize",
     "detokenize": "/detokenize",
     "count_tokens": "/v1/messages/count_tokens",
+    "input_tokens": "/v1/responses/input_tokens",
 }
 COMPLETION_TOKENS = 16  # default max_tokens of a completion, at OpenAI and in the engines
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])

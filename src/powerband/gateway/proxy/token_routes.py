@@ -1,5 +1,5 @@
-"""/tokenize, /detokenize and /v1/messages/count_tokens: answered by a replica, counted against the key's limits, and
-recorded as usage.
+"""/tokenize, /detokenize, /v1/messages/count_tokens and /v1/responses/input_tokens: answered by a replica, counted
+against the key's limits, and recorded as usage.
 
 They generate nothing, so they are free. Their tokens count towards the key's tokens per minute.
 """
@@ -22,6 +22,7 @@ from powerband.gateway.accounts.keys import Key
 from powerband.gateway.gateway import Gateway, ServedModel
 from powerband.gateway.options import Timeouts
 from powerband.gateway.proxy.client_request import PATHS, with_model
+from powerband.gateway.proxy.pass_through.stored import with_conversation
 from powerband.gateway.request import ANONYMOUS, CompletedRequest, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.gateway.upstream.buffered_response import BudgetShare, BufferedResponse, PiecesResponse
@@ -40,13 +41,16 @@ _MISSING_STATUSES = (404, 405, 410, 501)
 _REQUEST_STATUSES = (400, 413, 422)  # others are about the replica, or the gateway's key for it
 
 
+TokenEndpoint = Literal["tokenize", "detokenize", "count_tokens", "input_tokens"]
+
+
 class _ModelField(msgspec.Struct):
     model: str | None = None
 
 
 class _TokenCount(msgspec.Struct):
     count: int | None = None
-    input_tokens: int | None = None  # of /v1/messages/count_tokens
+    input_tokens: int | None = None  # of the two that count a conversation
 
 
 _COUNTED = msgspec.json.Decoder(_TokenCount)
@@ -70,15 +74,23 @@ class TokenCountRoutes:
         """The number of tokens of a conversation in Anthropic's format, as a replica of the model says."""
         return await self._handle(request, "count_tokens")
 
-    async def _handle(self, request: Request, endpoint: Literal["tokenize", "detokenize", "count_tokens"]) -> Response:
+    async def input_tokens(self, request: Request) -> Response:
+        """The number of tokens of an input in the format of OpenAI's Responses, as a replica of the model says."""
+        return await self._handle(request, "input_tokens")
+
+    async def _handle(self, request: Request, endpoint: TokenEndpoint) -> Response:
         with while_connected(request.scope):
-            data, name = await self._gateway.read(request, _with_name)
+            data = await self._gateway.read_body(request)
+            stored = self._accounts.responses
+            if endpoint == "input_tokens" and stored.on:  # otherwise a replica refuses previous_response_id
+                data = (await with_conversation(self._gateway, stored, request, data)).data
+            name = (await self._gateway.decode(request, data, _with_name)).model
             return await self._answer(request, endpoint, data, name)
 
     async def _answer(
         self,
         request: Request,
-        endpoint: Literal["tokenize", "detokenize", "count_tokens"],
+        endpoint: TokenEndpoint,
         data: bytes,
         name: str | None,
     ) -> Response:
@@ -200,9 +212,8 @@ class TokenCountRoutes:
         self._accounts.usage_log.note(finished)
 
 
-def _with_name(data: bytes) -> tuple[bytes, str | None]:
-    """The body, and the name of the model in it. Raises InvalidRequest."""
-    return data, decode(data, _ModelField).model
+def _with_name(data: bytes) -> _ModelField:
+    return decode(data, _ModelField)
 
 
 def _is_object(response: bytes) -> bool:

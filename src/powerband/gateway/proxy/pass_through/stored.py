@@ -63,29 +63,50 @@ class ResponseToStore:
         )
 
 
-async def prepare(gateway: Gateway, responses: ResponseStore, request: Request) -> PreparedRequest:
-    """Write the conversation before a request into it. Raises PowerbandError."""
-    max_bytes, data = gateway.settings.max_body_bytes, await gateway.read_body(request)
-    if not responses.on:
-        return PreparedRequest(data)
+@dataclass(frozen=True, slots=True)
+class ContinuedRequest:
+    """data: the body, with the conversation before it in its input. items: of its own input, None if it has no list."""
+
+    data: bytes
+    fields: _Fields
+    items: bytes | None
+
+
+async def with_conversation(
+    gateway: Gateway, responses: ResponseStore, request: Request, data: bytes
+) -> ContinuedRequest:
+    """Write the conversation that `previous_response_id` names into a request. Raises PowerbandError."""
+    max_bytes = gateway.settings.max_body_bytes
     fields, raw = await gateway.decode(request, data, _parse)
-    previous, key_id, items = fields.previous_response_id or None, _key_id(request), _items(raw)
+    previous, items = fields.previous_response_id or None, _items(raw)
     if previous is not None:
         if items is None:
             raise InvalidRequest("'input' must be a text, or a list of items.", param="input")
-        before = await responses.conversation(key_id, previous, max_bytes)
+        before = await responses.conversation(_key_id(request), previous, max_bytes)
         raw["input"] = Raw(b"[%b]" % b",".join([*before, *([items] if items else [])]))
         if len(bytes(raw["input"])) > max_bytes:
             raise too_large(previous, max_bytes)
     if raw.pop(_NAME, None) is not None:
         data = msgspec.json.encode(raw)
-    if fields.store is False:
-        return PreparedRequest(data, is_private=True)
-    if items is None:
-        return PreparedRequest(data)  # the replica refuses it
+    return ContinuedRequest(data, fields, items)
+
+
+async def prepare(gateway: Gateway, responses: ResponseStore, request: Request) -> PreparedRequest:
+    """Write the conversation before a request into it. Raises PowerbandError."""
+    data = await gateway.read_body(request)
+    if not responses.on:
+        return PreparedRequest(data)
+    continued = await with_conversation(gateway, responses, request, data)
+    if continued.fields.store is False:
+        return PreparedRequest(continued.data, is_private=True)
+    if continued.items is None:
+        return PreparedRequest(continued.data)  # the replica refuses it
     id = f"resp_{secrets.token_hex(24)}"  # cannot be guessed
-    kept = ResponseToStore(responses, id, key_id, request.state.request_id, previous, b"[%b]" % items)
-    return PreparedRequest(data, kept)
+    previous = continued.fields.previous_response_id or None
+    kept = ResponseToStore(
+        responses, id, _key_id(request), request.state.request_id, previous, b"[%b]" % continued.items
+    )
+    return PreparedRequest(continued.data, kept)
 
 
 def _parse(data: bytes) -> tuple[_Fields, dict[str, Raw]]:
