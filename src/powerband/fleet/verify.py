@@ -98,7 +98,7 @@ def verify(
 
 
 def full_load_seed(workload: Workload, rate: float, seconds: float) -> int:
-    """Of the first schedule that has the promised requests: at a low rate, a schedule may have few of them by chance."""
+    """Of the first schedule that has the promised requests: at a low rate, one may have few of them by chance."""
     if not isinstance(workload.arrivals, OpenLoop):
         return 0
     wanted = _MIN_SENT_RATIO * rate * seconds
