@@ -207,3 +207,17 @@ def test_an_unknown_command_names_the_one_that_is_meant(
     shown = capsys.readouterr().err
     assert f"Unknown command: {typed}." in shown
     assert f"Did you mean 'powerband {meant}'?" in shown
+
+
+def test_a_folder_that_can_keep_no_state_is_refused_before_a_plan_is_searched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def search(*_: object, **__: object) -> None:
+        raise AssertionError("minutes of planning")
+
+    monkeypatch.setenv("POWERBAND_STATE", "/proc/nowhere")
+    monkeypatch.setattr("powerband.cli.service.deploy._find_plan", search)
+    assert main(["deploy", "demo", "--rate", "1", "--slo", "ttft=1s"]) == 3
+    shown = capsys.readouterr().err
+    assert "Cannot keep state in /proc/nowhere/demo" in shown
+    assert "Set POWERBAND_STATE to a folder that this user can write." in shown
