@@ -14,7 +14,7 @@ import pytest
 from samples_for_tests import load, point, report
 from test_report import HOSTILE, Page, data_of
 
-from powerband.bench.comparison.html_page import comparison_html, run_names
+from powerband.bench.comparison.html_page import _flattened, comparison_html, run_names
 from powerband.bench.report.compare import StoredRun, compare_samples, figure_values, judged_requests
 from powerband.bench.report.result_files import write_run
 from powerband.errors import UsageError
@@ -79,6 +79,17 @@ def test_settings_that_differ_are_listed_and_the_others_apart(tmp_path: Path):
     assert [text.partition(", ")[2] for text in differing["server"]] == ["powerband 0.1.0", "vllm 0.1.0"]
     assert ["seed", "0"] in data["same"]
     assert any("SLOs differ" in warning for warning in data["warnings"])
+
+
+def test_settings_in_lists_are_listed_like_others() -> None:
+    workload = {"arrivals": {"phases": [{"start": 2.0, "seconds": None}]}, "stages": [{"a": 1}, {"a": 0.5}]}
+    flat = dict(_flattened(workload))
+    assert flat == {
+        "arrivals phases start": "2",
+        "arrivals phases seconds": "–",
+        "stages 1 a": "1",
+        "stages 2 a": "0.5",
+    }
 
 
 def test_runs_whose_folders_have_one_name_are_named_in_full(tmp_path: Path):

@@ -14,10 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from powerband.calibration import quality
+from powerband.calibration import measure, quality
 from powerband.calibration.curve_fit import FitErrors
 from powerband.calibration.measure import ModelFit, with_refinement
-from powerband.calibration.quality import ReportProgress, better_of_two, busy_text, check_fits
+from powerband.calibration.operator_fit import PrecisionFit
+from powerband.calibration.quality import ReportProgress, better_of_two, busy_text, check_fits, left_out_text
 from powerband.calibration.session import Calibration
 from powerband.cli import progress
 from powerband.cli.main import main
@@ -25,6 +26,7 @@ from powerband.cli.plan.inputs import measured_devices
 from powerband.cost.measured_steps import MeasuredStepTimes
 from powerband.cost.step_log import RunConfiguration, header_line
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.spec.deployment import Quantization
 from powerband.spec.hardware.catalog import (
     local_profile,
     local_profile_path,
@@ -36,6 +38,7 @@ from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.hardware.profile import (
     DeviceProfile,
     Evidence,
+    GemmModel,
     HostModel,
     MeasuredMachine,
     Refinement,
@@ -54,6 +57,7 @@ KNOWN = DeviceProfile(
     multiprocessors=CPU.cores,
     machine=MeasuredMachine(name=CPU.name, cores=CPU.cores, threads=CPU.cores, date="2026-11-21"),
 )
+GEMM = GemmModel(compute_share=0.5, memory_share=0.5, overhead_s=1e-5, evidence=Evidence(source="test", error=0.1))
 FORM = RunConfiguration(
     model="abc",
     name="mine",
@@ -213,6 +217,38 @@ def test_what_is_too_far_off_is_measured_once_more_and_the_better_is_kept(p90s: 
     assert found.p90 == kept
     assert next(measured, None) is None
     assert shown == ["16 bits", "16 bits (once more, since the error was ±459%)"][: len(p90s)]
+
+
+@pytest.mark.parametrize(("force", "kept"), [(False, {"none", "int4"}), (True, {"none", "int8", "int4"})])
+def test_int8_that_is_far_off_is_left_out_and_the_rest_is_kept(
+    monkeypatch: pytest.MonkeyPatch, force: bool, kept: set[str]
+) -> None:
+    errors = {"none": 0.2, "int8": 2.19, "int4": 0.3}
+
+    def measured(
+        _device: str, _threads: None, precision: Quantization, _s: float, known: DeviceProfile | None, _report: object
+    ) -> tuple[DeviceProfile, PrecisionFit]:
+        before = (known or KNOWN).gemm.get("powerband", {})
+        profile = replace(known or KNOWN, gemm={"powerband": {**before, precision: GEMM}})
+        return profile, PrecisionFit(precision, 100, 1e9, 1e9, FitErrors(100, 0.1, 0.1, errors[precision], 0.0))
+
+    monkeypatch.setattr(measure, "_measure_precision", measured)
+    machine = measure.measure_machine("cpu", None, 1.0, lambda *_: None, force=force)
+    found = Calibration(machine.profile, machine, None)
+    assert set(machine.profile.gemm["powerband"]) == kept
+    assert [row["kept"] for row in found.rows()] == [True, force, True]
+    if not force:
+        check_fits(found.rows(), None, 0.0)
+    text = left_out_text([fit.quantization for fit in found.left_out])
+    assert text == "" if force else text.startswith("int8: too far off to plan with, so not kept")
+
+
+def test_16_bits_that_are_far_off_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = PrecisionFit("none", 100, 1e9, 1e9, FitErrors(100, 0.1, 0.6, 2.0, 0.0))
+    profile = replace(KNOWN, gemm={"powerband": {"none": GEMM}})
+    found = Calibration(profile, measure.DeviceFits(profile, (fit,)), None)
+    with pytest.raises(EnvironmentFault, match="nothing was kept: any model, 16 bits"):
+        check_fits(found.rows(), None, 0.0)
 
 
 def test_a_way_of_a_second_from_the_engine_to_a_client_is_refused() -> None:

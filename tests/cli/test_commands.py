@@ -59,7 +59,7 @@ def test_config_show_keeps_the_key_to_itself(capsys: Output) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["serv"], 'Did you mean "serve"'),
+        (["serv"], "Did you mean 'powerband serve'"),
         (["config", "show", "--max-num-seq", "3"], "Did you mean --max-num-seqs?"),
         (["config", "show", "--max-num-seqs", "many"], '"many"'),
         (["config", "show", "--max-num-seqs", "0"], "max_num_seqs is 0; it must be at least 1."),
@@ -194,3 +194,30 @@ def test_a_missing_empty_or_wrong_file_is_said_in_a_sentence(
     shown = capsys.readouterr().err
     assert said in shown
     assert not re.search(r"Errno|Traceback|codec|unexpectedly", shown)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("stop", "remove"), ("rm", "remove"), ("ps", "status"), ("run", "serve"), ("benhc", "bench"), ("key", "keys")],
+)
+def test_an_unknown_command_names_the_one_that_is_meant(
+    typed: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([typed]) == 2
+    shown = capsys.readouterr().err
+    assert f"Unknown command: {typed}." in shown
+    assert f"Did you mean 'powerband {meant}'?" in shown
+
+
+def test_a_folder_that_can_keep_no_state_is_refused_before_a_plan_is_searched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def search(*_: object, **__: object) -> None:
+        raise AssertionError("minutes of planning")
+
+    monkeypatch.setenv("POWERBAND_STATE", "/proc/nowhere")
+    monkeypatch.setattr("powerband.cli.service.deploy._find_plan", search)
+    assert main(["deploy", "demo", "--rate", "1", "--slo", "ttft=1s"]) == 3
+    shown = capsys.readouterr().err
+    assert "Cannot keep state in /proc/nowhere/demo" in shown
+    assert "Set POWERBAND_STATE to a folder that this user can write." in shown

@@ -19,7 +19,7 @@ def shorten() -> None:
     from powerband.cli.model import eval as evaluation
     from powerband.cli.plan import calibrate
     from powerband.fleet import deployment
-    from powerband.planner import estimates, search
+    from powerband.planner import candidates, estimates, search
     from powerband.spec.workload import options
 
     options.DEFAULT_DURATION_S = 3.0
@@ -40,10 +40,11 @@ def shorten() -> None:
     # How good a measurement of a second is says nothing about the command.
     measure.better_of_two = calibration.better_of_two = lambda once, _errors, report: once(report)
     quality.check_fits = lambda *_: None
+    candidates._unmeasured = lambda *_: ""
     wait, measured = calibrate._calibrated, 1.0
 
-    def calibrated(settings: Any, from_log: Any, _seconds: float, path: Any) -> Any:
-        return wait(settings, from_log, measured, path)
+    def calibrated(settings: Any, from_log: Any, _seconds: float, path: Any, *, force: bool) -> Any:
+        return wait(settings, from_log, measured, path, force=force)
 
     calibrate._calibrated = calibrated
     evaluation.evaluate_model = _few_samples(evaluation.evaluate_model)

@@ -17,7 +17,8 @@ from powerband.cli.main import main
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.fleet import operations
 from powerband.fleet.deployment import DeploymentOptions, deploy_plan
-from powerband.fleet.report.status_table import is_serving, read_observed_status
+from powerband.fleet.report import status_table
+from powerband.fleet.report.status_table import is_serving, read_observed_status, status_lines
 from powerband.fleet.scaling import keep_scaled
 from powerband.fleet.service.spec import GatewaySpec, Policy, Release
 from powerband.fleet.service.store import ServiceStore
@@ -162,6 +163,19 @@ def test_status_tells_replicas_that_run_from_those_whose_pid_is_another_process(
     finally:
         for instance in (first, second):
             os.kill(instance.pid, 9)
+
+
+def test_status_says_why_the_gateways_figures_cannot_be_read(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    play = play_in(state / "demo")
+    plan = {"slo": {"ttft_s": 1.0}, "promise": {"rate": 1.0}}
+    play.desire(msgspec.structs.replace(release(1), plan=plan))
+    play.settle()
+    play.controller.gateway.error = "Cannot read the gateway's requests and routes: no response"
+    play.tick()
+    monkeypatch.setattr(status_table, "read_observed_status", lambda _: play.status())
+    desired = play.world.store.read_spec()
+    assert desired is not None
+    assert any("Cannot read the gateway's requests" in line for line in status_lines(play.world.store, desired))
 
 
 def planned(*counts: int, now: tuple[int, ...] | None = None) -> Release:

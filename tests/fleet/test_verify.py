@@ -14,7 +14,7 @@ from powerband.bench.report.results import ClientMachine, OfferedLoad, ReportedA
 from powerband.bench.server_metrics import ServerMetrics
 from powerband.bench.session import Experiment
 from powerband.fleet.report.verification_table import verification_lines
-from powerband.fleet.verify import Verification, check_report, verify
+from powerband.fleet.verify import Verification, check_report, full_load_seed, verify
 from powerband.metrics.record import Outcome
 from powerband.spec.plan import Plan, Prediction, Promise
 from powerband.spec.slo import SLO
@@ -48,7 +48,7 @@ def sample(index: int, ttft_s: float = 0.05, **fields: object) -> Sample:
     return msgspec.structs.replace(made, **fields)
 
 
-def verified(*samples: Sample) -> Verification:
+def verified(*samples: Sample, plan: Plan = PLAN) -> Verification:
     load = LoadResult(
         schedule=WORKLOAD.draw(0, num_requests=len(samples)),
         samples=samples,
@@ -74,7 +74,7 @@ def verified(*samples: Sample) -> Verification:
         cool_down=0.0,
         points=(point,),
     )
-    return check_report(PLAN, report, load)
+    return check_report(plan, report, load)
 
 
 def line(found: Verification, name: str) -> tuple[str, str, str, str]:
@@ -122,7 +122,7 @@ def test_few_requests_that_keep_the_promise_are_said_to_be_few() -> None:
     """Wilson's interval of n of n begins above 95 % from n = 73 on."""
     few = "\n".join(verification_lines(verified(*(sample(i) for i in range(20)))))
     assert "The promise is kept: 20 requests" in few
-    assert "So few may keep it by chance; 73 tell more: --verify-seconds 8." in few
+    assert "So few may keep it by chance; 73 tell more: --verify-seconds 11." in few
     enough = verification_lines(verified(*(sample(i) for i in range(100))))
     assert "by chance" not in "\n".join(enough)
 
@@ -177,3 +177,19 @@ def test_the_load_asks_for_what_the_workload_was_planned_with(
         verify(replace(PLAN, workload=workload), "http://x", model="m", api_key="", seconds=1.0)
     [target] = [one.target for one in asked]
     assert (target.endpoint, target.form) == (endpoint, "text" if name == "chat" else name)
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5, 1.0])
+def test_a_verification_at_a_low_rate_sends_the_promised_requests(rate: float) -> None:
+    workload = requested_load(ArrivalOptions(rate=rate), MixOptions()).workload
+    seed = full_load_seed(workload, rate, 60.0)
+    assert workload.draw(seed, duration_s=60.0).num_requests >= 0.9 * rate * 60
+
+
+def test_few_requests_at_a_low_rate_are_held_against_no_band_and_the_hint_is_of_the_promised_rate() -> None:
+    slow = replace(PLAN, promise=Promise(0.2), predicted={"ttft_s": Prediction(0.5, 0.4, 0.6)})
+    found = verified(sample(0), sample(90), plan=slow)
+    assert found.verdict == "kept"
+    lines = verification_lines(found)
+    assert not any("Measured outside" in line for line in lines)
+    assert "So few may keep it by chance; 73 tell more: --verify-seconds 511." in lines

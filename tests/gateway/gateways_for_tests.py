@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import msgspec
 
+from powerband.fleet.control.gateway_client import _RecordsPage
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.mock_server.behavior import Behavior
 
@@ -60,7 +61,9 @@ class RunningGateway:
             return events_of(answer.iter_lines())
 
     def records(self, after: int = 0) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.admin.get("/admin/records", params={"after": after}).json()["records"]
+        response = self.admin.get("/admin/records", params={"after": after})
+        msgspec.json.decode(response.content, type=_RecordsPage)  # as a controller reads them
+        found: list[dict[str, Any]] = response.json()["records"]
         return found
 
     def replica_states(self) -> dict[str, str]:

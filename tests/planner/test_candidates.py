@@ -11,6 +11,7 @@ from powerband.errors import UsageError
 from powerband.planner.candidates import SearchSpace, replica_options
 from powerband.planner.results import Pruned
 from powerband.spec.hardware.catalog import load_catalog
+from powerband.spec.hardware.profile import DeviceProfile, Evidence, GemmModel
 from powerband.spec.model.checkpoint_precision import CheckpointPrecision, stored_precision
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.model.reader import read_model_spec
@@ -125,3 +126,29 @@ def test_a_stored_precision_is_not_to_be_changed() -> None:
         replica_options(LLAMA_8B, CheckpointPrecision("fp8"), space("H100", quantizations=("int4",)))
     with pytest.raises(UsageError, match="cannot be planned"):
         stored_precision({"quantization_config": {"quant_method": "aqlm"}})
+
+
+def test_a_precision_that_was_not_measured_on_this_machine_is_left_out_of_its_plans() -> None:
+    measured = GemmModel(
+        compute_share=0.5, memory_share=0.5, overhead_s=1e-5, evidence=Evidence(source="test", error=0.1)
+    )
+    local = DeviceProfile(
+        name="local",
+        kind="cpu",
+        architecture="cpu",
+        memory_bytes=2**36,
+        bandwidth_bytes_per_s=30e9,
+        peak_flops_per_s={"16bit": 1e12},
+        multiprocessors=2,
+        gemm={"powerband": {"none": measured, "int4": measured}},
+    )
+    here = SearchSpace(
+        profiles=[local],
+        engines=["powerband"],
+        max_devices=1,
+        max_model_len=4096,
+        quantizations=("none", "int8", "int4"),
+    )
+    found, pruned = replica_options(LLAMA_8B, CheckpointPrecision(), here)
+    assert {option.replica.quantization for option in found} == {"none", "int4"}
+    assert "int8 could not be measured well enough on this machine" in reason(pruned, "powerband on local in int8")

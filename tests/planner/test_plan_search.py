@@ -215,3 +215,15 @@ def test_fleets_send_short_prompts_to_one_device_and_long_ones_to_another() -> N
         assert fleet.deployment.num_devices <= 8
     played = run_simulation_task(asked, SimulationTask(mixed[0].deployment, 4.0, 150))
     assert played.figures["attainment"] > 0.8
+
+
+def test_at_a_low_rate_the_highest_one_is_not_the_last_that_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tried are at most eight times the asked rate: beyond, a fast device's rate is the closed form's."""
+    for name in ("_BISECTIONS", "_MAX_SIMULATED", "_FRONTIER_SIMULATED", "_MAX_ALTERNATIVE_ROUNDS"):
+        monkeypatch.setattr(f"powerband.planner.search.{name}", 1)
+    chosen = search(plan_request("A100-80G", rate=0.02, max_devices=1), workers=1).recommended
+    assert chosen is not None
+    capacity = chosen.figures["capacity"]
+    assert capacity.low == pytest.approx(8 * 0.02)
+    assert capacity.value > 1.0
+    assert capacity.high >= capacity.value

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
+from model_configs import model_config
+from powerband.planner.candidates import ReplicaOption, SearchSpace, replica_options
 from powerband.planner.report.formatting import deployment_text
 from powerband.planner.report.reasons import reasons
-from powerband.planner.results import Evaluation, Prediction
+from powerband.planner.results import Evaluation, Prediction, Pruned
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
+from powerband.spec.hardware.catalog import load_catalog
+from powerband.spec.model.checkpoint_precision import read_for_planning
 from powerband.spec.slo import SLO
 
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
 SLO_ = SLO.parse("ttft=1s@p95,tpot=60ms@p95")
 
 
@@ -88,3 +95,29 @@ def test_deployments_are_named_as_people_do() -> None:
         "1 × A10G int8 40% of weights in host memory"
     )
     assert replace(mixed, engine="vllm", pools=mixed.pools[1:]).num_devices == 1
+
+
+def test_where_blocks_of_scales_leave_tensor_parallelism_out_the_reason_says_what_would_allow_it(
+    tmp_path: Path,
+) -> None:
+    """Qwen2.5-72B in AWQ has 29,568 inputs of down_proj in groups of 128; Qwen publishes it padded to 29,696."""
+
+    def options(width: int) -> tuple[list[ReplicaOption], list[Pruned]]:
+        config = model_config(8192, 80, 64, 8, width, 152064, model_type="qwen2")
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps({**config, "quantization_config": AWQ}))
+        profile = load_catalog().find("A100-80G")
+        space = SearchSpace(profiles=[profile], engines=["vllm"], max_devices=4, max_model_len=4096)
+        return replica_options(*read_for_planning(file), space)
+
+    found, pruned = options(29568)
+    assert {option.replica.tensor_parallel for option in found} == {1}
+    nearest = evaluation("A100-80G", 4, 2.63, 20.27)
+    found_reasons = reasons(
+        None, [nearest], {"nearest": nearest}, slo=SLO_, rate=1.0, budget_usd_per_h=None, pruned=pruned
+    )
+    text = "\n".join(found_reasons)
+    assert "With tensor parallelism it would be faster, but the checkpoint does not allow it" in text
+    assert "each of 4 ranks would have 7392 inputs of down_proj" in text
+    assert "a checkpoint with 29696 of them" in text
+    assert {option.replica.tensor_parallel for option in options(29696)[0]} == {1, 2, 4}

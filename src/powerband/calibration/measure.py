@@ -26,7 +26,7 @@ from powerband.calibration.engine_fit import (
     window_errors,
 )
 from powerband.calibration.operator_fit import ModelSteps, PrecisionFit, fit_precision, peak_rates
-from powerband.calibration.quality import ReportProgress, better_of_two
+from powerband.calibration.quality import ReportProgress, better_of_two, is_usable
 from powerband.calibration.step_fit import fit_steps, held_out_error
 from powerband.cost.measured_steps import MeasuredStepTimes
 from powerband.cost.memory import MemoryPlan
@@ -87,15 +87,22 @@ class ModelFit:
     requests: int
 
 
-def measure_machine(device: str, threads: int | None, budget_s: float, report: ReportProgress) -> DeviceFits:
-    """The laws of this machine's CPU or GPU, from steps of small made-up models within about `budget_s`."""
+def measure_machine(
+    device: str, threads: int | None, budget_s: float, report: ReportProgress, *, force: bool = False
+) -> DeviceFits:
+    """The laws of this machine's CPU or GPU, from steps of small made-up models within about `budget_s`.
+
+    The profile has no laws of 8 or 4 bits where these are too far off to plan with. force: it has them all.
+    """
     fits: list[PrecisionFit] = []
     profile: DeviceProfile | None = None
     precisions = PRECISIONS if device == "cpu" else PRECISIONS[:1]
     for precision in precisions:
         once = partial(_measure_precision, device, threads, precision, budget_s / len(precisions), profile)
-        profile, found = better_of_two(once, lambda measured: measured[1].held_out, report)
+        measured, found = better_of_two(once, lambda measured: measured[1].held_out, report)
         fits.append(found)
+        if profile is None or force or is_usable(found.held_out):
+            profile = measured
     if profile is None:
         raise AssertionError("there is a precision")
     return DeviceFits(profile, tuple(fits))

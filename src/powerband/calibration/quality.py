@@ -71,10 +71,22 @@ def _busiest_processes() -> list[str]:
     return [f"{name} {share:.0f} %" for share, name in reversed(busy[-_SHOWN:])]
 
 
+def left_out_text(precisions: Sequence[str]) -> str:
+    """What to say of precisions that were measured too far off to plan with; '' without any."""
+    if not precisions:
+        return ""
+    listed = " and ".join(precisions)
+    return (
+        f"{listed}: too far off to plan with, so not kept, and 'powerband plan' leaves {listed} out here. For "
+        f"{'them' if len(precisions) > 1 else 'it'}, calibrate again when no other programs run, or with --force."
+    )
+
+
 def check_fits(rows: Sequence[Mapping[str, Any]], host: HostModel | None, load_before: float) -> None:
     """Raises EnvironmentFault, with the reason, where one is not usable.
 
-    rows, host: of a Calibration. load_before: load_per_core() before it began.
+    rows, host: of a Calibration; rows that are not kept are no problem. load_before: load_per_core() before
+    it began.
     """
     problems = list(_problems(rows, host))
     if not problems:
@@ -92,6 +104,8 @@ def check_fits(rows: Sequence[Mapping[str, Any]], host: HostModel | None, load_b
 
 def _problems(rows: Sequence[Mapping[str, Any]], host: HostModel | None) -> Iterator[str]:
     for row in rows:
+        if not row["kept"]:
+            continue
         median, p90 = row["error"]["median"], row["error"]["p90"]
         if median > MAX_MEDIAN or p90 > MAX_P90:
             yield (

@@ -17,6 +17,7 @@ from powerband.calibration.measure import (
     measure_model,
     with_refinement,
 )
+from powerband.calibration.operator_fit import PrecisionFit
 from powerband.calibration.quality import ReportProgress, better_of_two
 from powerband.cost.step_log import read_step_log
 from powerband.errors import EnvironmentFault, UsageError
@@ -38,6 +39,12 @@ class Calibration:
     def host(self) -> HostModel | None:
         return self.model.refinement.host if self.model is not None else None
 
+    @property
+    def left_out(self) -> tuple[PrecisionFit, ...]:
+        """Fits of 8 and 4 bits that were too far off to plan with, and are not in the profile."""
+        fits, kept = (self.machine.fits if self.machine is not None else ()), self.profile.gemm.get("powerband", {})
+        return tuple(fit for fit in fits if fit.quantization not in kept)
+
     def rows(self) -> list[dict[str, Any]]:
         """What was fitted, with the errors of the fits, one row each."""
         rows: list[dict[str, Any]] = [
@@ -47,13 +54,14 @@ class Calibration:
                 "bytes_per_s": found.bytes_per_s,
                 "flops_per_s": found.flops_per_s,
                 "error": asdict(found.held_out),
+                "kept": found not in self.left_out,
             }
             for found in (self.machine.fits if self.machine is not None else ())
         ]
         if self.model is not None:
             refinement = self.model.refinement
             what = f"{refinement.name}, {PRECISION_TEXTS[refinement.quantization]}"
-            rows.append({"what": what, "steps": self.model.steps, "error": asdict(self.model.errors)})
+            rows.append({"what": what, "steps": self.model.steps, "error": asdict(self.model.errors), "kept": True})
         return rows
 
     def table(self) -> list[list[str]]:
@@ -64,23 +72,32 @@ class Calibration:
             errors = [
                 f"{row['error'][name]:+.1%}".lstrip("+" if name != "bias" else "") for name in ("median", "p90", "bias")
             ]
-            table.append([row["what"], str(row["steps"]), *rates, *errors])
+            what = row["what"] if row["kept"] else f"{row['what']}: not kept"
+            table.append([what, str(row["steps"]), *rates, *errors])
         return table
 
 
 def calibrate_machine(
-    engine: EngineSettings, device: str, seconds: float, path: Path, report: ReportProgress, *, has_model: bool
+    engine: EngineSettings,
+    device: str,
+    seconds: float,
+    path: Path,
+    report: ReportProgress,
+    *,
+    has_model: bool,
+    force: bool = False,
 ) -> Calibration:
     """Measure the machine, unless `path` holds its profile and a model was named; then that model, or the demo model.
 
     seconds: for the machine and for the model together, or for a named model alone. What comes out too far off is
-    measured once more. Raises EnvironmentFault.
+    measured once more. force: the profile has every precision, even one that is still too far off. Raises
+    EnvironmentFault.
     """
     require("torch", "Calibration")
     scipy_optimize()
     profile, machine = local_profile(path) if has_model else None, None
     if profile is None:
-        machine = measure_machine(device, engine.threads, _MACHINE_FRACTION * seconds, report)
+        machine = measure_machine(device, engine.threads, _MACHINE_FRACTION * seconds, report, force=force)
         profile = machine.profile
     budget_s = seconds * (1 if has_model else 1 - _MACHINE_FRACTION)
     model = better_of_two(partial(measure_model, engine, budget_s), lambda fit: fit.errors, report)

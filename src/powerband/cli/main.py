@@ -14,10 +14,27 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 
-from cyclopts import App, CycloptsError, Group, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
+from cyclopts import (
+    App,
+    CycloptsError,
+    Group,
+    MissingArgumentError,
+    UnknownCommandError,
+    UnknownOptionError,
+    UnusedCliTokensError,
+)
 
 from powerband.errors import PowerbandError
 
+# What other programs call our commands.
+_OTHER_NAMES = {
+    **dict.fromkeys(("stop", "down", "rm", "delete", "destroy", "undeploy", "uninstall"), "remove"),
+    **dict.fromkeys(("ps", "list", "ls", "services"), "status"),
+    **dict.fromkeys(("run", "start", "api"), "serve"),
+    **dict.fromkeys(("up", "apply"), "deploy"),
+    **dict.fromkeys(("benchmark", "load"), "bench"),
+    **dict.fromkeys(("check", "info"), "doctor"),
+}
 USAGE, FAILURE, INTERRUPTED = 2, 4, 130
 # Each command's function, and its line in `powerband --help`; its own --help starts with its docstring.
 SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
@@ -177,6 +194,11 @@ def _usage_message(error: CycloptsError) -> tuple[str, str]:
         known = {name.lstrip("-"): name for name in shown}  # hyphens, which all share, make nothing similar
         near = [known[name] for name in difflib.get_close_matches(option.lstrip("-"), known, n=1)]
         return f"Unknown option: {option}.", f"Did you mean {near[0]}?" if near else hint
+    if isinstance(error, UnknownCommandError) and not error.command_chain and error.unused_tokens:
+        name, commands = error.unused_tokens[0], [*GROUPS, *(one for section in SECTIONS.values() for one in section)]
+        near = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else difflib.get_close_matches(name, commands, n=1)
+        meant = f"Did you mean 'powerband {near[0]}'? " if near else ""
+        return f"Unknown command: {name}.", f"{meant}'powerband --help' shows the commands."
     return str(error), hint
 
 

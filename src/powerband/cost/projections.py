@@ -80,6 +80,9 @@ def quantized_parts(spec: ModelSpec) -> tuple[frozenset[Part], ...]:
     )
 
 
+UNDIVIDED_BLOCKS = "blocks of scales cannot be divided"
+
+
 def undivided_blocks(spec: ModelSpec, replica: Replica) -> str:
     """Why the checkpoint's blocks of scales cannot be divided over the ranks; '' when they can."""
     modules, ranks = spec.quantized_modules, replica.tensor_parallel
@@ -98,8 +101,10 @@ def undivided_blocks(spec: ModelSpec, replica: Replica) -> str:
             share, size = (matrix.inputs, block[1]) if by_inputs else (matrix.outputs, block[0])
             if share % size:
                 sides = "inputs" if by_inputs else "outputs"
+                name = _NAMES[part][0].rpartition(".")[2]
+                padded = -(-share * ranks // (size * ranks)) * size * ranks
                 return (
-                    f"blocks of scales cannot be divided: each of {ranks} ranks would have {share} {sides} of "
-                    f"{_NAMES[part][0].rpartition('.')[2]}, and {size} share a scale"
+                    f"{UNDIVIDED_BLOCKS}: each of {ranks} ranks would have {share} {sides} of {name}, and {size} share "
+                    f"a scale; those of a checkpoint with {padded} of them, as padding makes it, can"
                 )
     return ""

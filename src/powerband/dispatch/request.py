@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 ANONYMOUS = "anonymous"
@@ -29,7 +28,7 @@ class DispatchRequest:
     prefix_keys: tuple[bytes, ...] = ()  # chained keys of the prompt's blocks, see `prefix`
     backends: frozenset[str] | None = None  # ids of those that can serve it; None: all
     num_crashes: int = 0  # of replicas that crashed or hung while they ran it, and for which it may be the cause
-    crashed_s: float = -math.inf  # the last crash; the next replica must have shown life since then
+    crashed_s: float | None = None  # the last crash; the next replica must have shown life since then
 
     @property
     def is_quarantined(self) -> bool:

@@ -198,6 +198,6 @@ def open_to(
     among = [
         backend for backend in without(avoid, free, serving) if backend.backoff.allows_tenant(request.tenant, now_s)
     ]
-    if request.num_crashes:
-        among = [backend for backend in among if backend.alive_s > request.crashed_s]
+    if (crashed_s := request.crashed_s) is not None:
+        among = [backend for backend in among if backend.alive_s > crashed_s]
     return [backend for backend in among if not backend.has_quarantined] if request.is_quarantined else among

@@ -21,11 +21,16 @@ from powerband.metrics.figures import Summary
 from powerband.metrics.record import Outcome, percentile
 from powerband.metrics.shown import NONE, digits, share_text, time_text
 from powerband.spec.plan import Plan, Prediction
+from powerband.spec.workload.arrivals import OpenLoop
+from powerband.spec.workload.workload import Workload
 
 # unclear: missed, but by so few requests that it may be chance.
 FigureVerdict = Literal["kept", "broken", "unclear", ""]
 RunVerdict = Literal["kept", "broken", "unclear", "invalid"]
 _MIN_OUTPUT_RATIO = 0.97  # of the requested tokens, if the drawn requests ask for fewer than promised
+_MIN_SENT_RATIO, _MAX_SEEDS = 0.9, 50  # of the promised requests; of schedules that are drawn for so many
+_WINDOW_MARGIN = 1.4  # the begin and the end of a run do not count, and arrivals are random
+_MIN_BAND_REQUESTS = 20  # with fewer, a percentile lies anywhere
 _LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "stall": "stall", "e2e": "E2E"}
 
 
@@ -48,6 +53,7 @@ class Verification:
     fault: str  # why the run is not valid evidence; '': it is
     requests: int
     min_requests: int  # with fewer, chance may keep the promise although too few requests meet the SLO
+    min_seconds: float  # of a verification with so many
     errors: int
     seconds: float
     report: str = ""
@@ -71,13 +77,15 @@ def verify(
     Raises EnvironmentFault if the service does not respond at all.
     """
     capacity = known_client_capacity()
+    workload = replace(plan.workload, arrivals=plan.arrivals)
     experiment = Experiment(
         target=asking_for(
             form_of(plan.workload),
             ServerAddress(base=url, endpoint="completions", model=model, headers=bearer(api_key)),
         ),
-        workload=replace(plan.workload, arrivals=plan.arrivals),
+        workload=workload,
         duration_s=seconds,
+        seed=full_load_seed(workload, plan.promise.rate, seconds),
         slo=plan.slo,
         options=LoadOptions(timeout_s=600.0),
         ceiling_chunks_per_s=capacity.chunks_per_s if capacity is not None else None,
@@ -87,6 +95,15 @@ def verify(
     if report is not None:
         write_report(found, session.loads, report)
     return check_report(plan, found, session.loads[0], str(report or ""))
+
+
+def full_load_seed(workload: Workload, rate: float, seconds: float) -> int:
+    """Of the first schedule that has the promised requests: at a low rate, one may have few of them by chance."""
+    if not isinstance(workload.arrivals, OpenLoop):
+        return 0
+    wanted = _MIN_SENT_RATIO * rate * seconds
+    drawn = (workload.draw(seed, duration_s=seconds).num_requests for seed in range(_MAX_SEEDS))
+    return next((seed for seed, number in enumerate(drawn) if number >= wanted), 0)
 
 
 async def _run(session: BenchSession) -> RunReport:
@@ -100,6 +117,8 @@ def check_report(plan: Plan, report: RunReport, load: LoadResult, report_path: s
     summary = point.summary
     attainment = _attainment(plan, summary, is_saturated=point.saturated)
     lines = [attainment, *_latencies(plan, summary, load), *_rates(plan, summary, load)]
+    if summary.scheduled < _MIN_BAND_REQUESTS:
+        lines = [replace(line, outside="") for line in lines]
     verdicts = {line.verdict for line in lines}
     verdict: RunVerdict = "kept"
     if point.client.fault:
@@ -108,13 +127,15 @@ def check_report(plan: Plan, report: RunReport, load: LoadResult, report_path: s
         verdict = "broken"
     elif "unclear" in verdicts:
         verdict = "unclear"
+    min_requests = _min_requests(plan.slo.attainment)
     errors = sum(group.count for group in point.errors)
     return Verification(
         lines=tuple(lines),
         verdict=verdict,
         fault=point.client.fault,
         requests=summary.scheduled,
-        min_requests=_min_requests(plan.slo.attainment),
+        min_requests=min_requests,
+        min_seconds=math.ceil(_WINDOW_MARGIN * min_requests / plan.promise.rate),
         errors=errors,
         seconds=summary.window.seconds,
         report=report_path,

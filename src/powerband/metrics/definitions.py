@@ -63,7 +63,7 @@ DEFINITIONS = (
     Definition(
         "valid",
         "answers that have the form that was asked for / answers",
-        "Of the workloads `tools` and `structured`: the call is of one of the tools, with arguments by its schema; the "
+        "Of the workloads 'tools' and 'structured': the call is of one of the tools, with arguments by its schema; the "
         "answer is JSON by the schema. An invalid answer misses the SLO and is not in goodput.",
     ),
     Definition(

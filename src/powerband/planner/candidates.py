@@ -98,13 +98,22 @@ def _unsupported_reason(
     capabilities = ADAPTERS[engine].capabilities
     if profile.kind not in capabilities.kinds:
         return f"{engine} on a device of kind {profile.kind} is not modelled"
-    reason = capabilities.missing_kernels(profile, quantization)
+    reason = capabilities.missing_kernels(profile, quantization) or _unmeasured(engine, profile, quantization)
     if not reason and space.draft_tokens and not capabilities.supports_speculation:
         return f"{engine} does not speculate yet"
     is_asked = quantization in (*space.quantizations, stored.quantization)
     if not reason and not is_asked and quantization not in capabilities.online_quantizations:
         return "it needs a checkpoint that was quantized so (ask for it with --quantization)"
     return reason
+
+
+def _unmeasured(engine: EngineName, profile: DeviceProfile, quantization: Quantization) -> str:
+    """A calibration leaves out what it measured too far off; of this machine, priors would be a guess."""
+    measured = profile.gemm.get(engine, {})
+    models = {refinement.quantization for refinement in profile.refinements}
+    if profile.kind != "cpu" or not measured or quantization in measured or quantization in models:
+        return ""
+    return f"{_precision(quantization)} could not be measured well enough on this machine: 'powerband calibrate' again"
 
 
 def _replicas(

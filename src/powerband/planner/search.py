@@ -120,6 +120,7 @@ def _why(plan_request: PlanRequest, results: PlanResults, report: Progress) -> I
         budget_usd_per_h=plan_request.budget_usd_per_h,
         unit=results.unit,
         unpriced=[profile.name for profile in plan_request.profiles if not profile.prices],
+        pruned=results.pruned,
     )
     nearest = results.alternatives.get("nearest")
     if results.recommended is None and nearest is not None and not _only_budget(plan_request, results.evaluations):
@@ -319,6 +320,10 @@ class _SimulationRounds:
                 is_open = math.isinf(missed[i])
                 rates[i] = min(kept[i] * 1.5, asked * _MAX_RATE_RATIO) if is_open else math.sqrt(kept[i] * missed[i])
             self.report(done + 1, _BISECTIONS, f"highest rate of {deployment_text(chosen.deployment)}")
+        # Where all that was tried holds, the closed form's rate stands, except at the slow edge, which is promised.
+        for i, estimated in ((0, guess.value), (2, guess.high)):
+            if math.isinf(missed[i]):
+                kept[i] = max(kept[i], estimated)
         figures = {**chosen.figures, "capacity": Prediction(*kept)}
         return replace(chosen, figures=figures, simulated=tuple(simulated))
 

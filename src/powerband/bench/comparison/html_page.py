@@ -117,8 +117,11 @@ def _flattened(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[st
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _flattened(value, f"{before}{name} ")
+        elif isinstance(value, list | tuple) and all(isinstance(one, Mapping) for one in value):
+            for number, one in enumerate(value, 1):
+                yield from _flattened(one, f"{before}{name} " + (f"{number} " if len(value) > 1 else ""))
         else:
-            text = str(value)
+            text = f"{value:g}" if isinstance(value, float) else NONE if value is None else str(value)
             yield f"{before}{name}", text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]} …"
 
 

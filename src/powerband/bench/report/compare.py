@@ -241,10 +241,11 @@ def _differences(a: RunReport, b: RunReport) -> Iterator[str]:
 def _weaknesses(a: RunReport, b: RunReport, pairs: Sequence[tuple[int, int]]) -> Iterator[str]:
     for name, run in (("A", a), ("B", b)):
         for point in run.points:
+            which = name if point.label == "run" else f"{name} at {point.label}"
             if point.client.fault:
-                yield f"{name} at {point.label} is INVALID: {point.client.fault}."
+                yield f"{which} is INVALID: {point.client.fault}."
             elif point.stopped:
-                yield f"{name} at {point.label} was stopped early."
+                yield f"{which} was stopped early."
     for first, second in ((a.points[i], b.points[j]) for i, j in pairs):
         if first.offered != second.offered:
             yield f"The loads differ ({first.offered} and {second.offered})."

@@ -59,8 +59,9 @@ def calibrate(
     Without MODEL: performance models for any model, from small synthetic ones in each precision.
     With MODEL: also its own steps, alone and under load behind its API, which is much more accurate.
     With --threads: for replicas that share the cores; kept beside the measurement with all cores.
-    Best on an idle machine; about two minutes on a CPU. What turns out too far off is measured once
-    more, and then refused.
+    Best on an idle machine; about two minutes on a CPU, and one to three more where the kernels are
+    not compiled yet. What turns out too far off is measured once more; then int8 or int4 is left out,
+    and anything else refused.
     """
     began_s = time.perf_counter()
     if not 1 <= seconds <= 3600:
@@ -77,11 +78,12 @@ def calibrate(
     load_before = load_per_core()
     if from_log is None:
         _announce(load_before)
-    found = _calibrated(settings, from_log, seconds, path)
+    found = _calibrated(settings, from_log, seconds, path, force=force)
     if not force:
         check_fits(found.rows(), found.host, load_before)
     write_profile(found.profile, path)
     _print(found, path, time.perf_counter() - began_s, as_json=json)
+    _warn(found)
     return 0
 
 
@@ -101,6 +103,16 @@ def calibrate_machine_once(threads: int | None) -> None:
     check_fits(found.rows(), found.host, load_before)
     write_profile(found.profile, path)
     print(f"· measured, and kept in {path}", file=sys.stderr)
+    _warn(found)
+
+
+def _warn(found: Calibration) -> None:
+    """Of precisions that were left out."""
+    from powerband.calibration.measure import PRECISION_TEXTS
+    from powerband.calibration.quality import left_out_text
+
+    if text := left_out_text([PRECISION_TEXTS[fit.quantization] for fit in found.left_out]):
+        print(f"· {text}", file=sys.stderr)
 
 
 def _announce(load: float) -> None:
@@ -121,7 +133,7 @@ def _threads(engine: EngineSettings, from_log: Path | None) -> int | None:
     return read_step_log(from_log)[0].form.threads
 
 
-def _calibrated(settings: Resolved, from_log: Path | None, seconds: float, path: Path) -> Calibration:
+def _calibrated(settings: Resolved, from_log: Path | None, seconds: float, path: Path, *, force: bool) -> Calibration:
     from powerband.calibration.session import calibrate_from_log, calibrate_machine
 
     if from_log is not None:
@@ -129,7 +141,13 @@ def _calibrated(settings: Resolved, from_log: Path | None, seconds: float, path:
     engine = settings.engine
     with progress_bar() as report:
         return calibrate_machine(
-            engine, compute_device(engine), seconds, path, report, has_model="model" in settings.asked
+            engine,
+            compute_device(engine),
+            seconds,
+            path,
+            report,
+            has_model="model" in settings.asked,
+            force=force,
         )
 
 

@@ -218,6 +218,7 @@ def _options(model: str, flags: ServiceFlags, proving: VerifyFlags) -> Deploymen
         raise UsageError(f"threads is {flags.threads}; it must be at least 1.", param="threads")
     served_name = flags.served_model_name or default_served_name(model)
     store = ServiceStore.named(flags.name or service_name(served_name))
+    store.check_can_be_kept()
 
     def watch(plan: Plan) -> contextlib.AbstractContextManager[Callable[[Live], object] | None]:
         return contextlib.nullcontext() if proving.json else LiveView(plan.slo, label=plan.workload.name)

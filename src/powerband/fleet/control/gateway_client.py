@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from powerband.gateway.request import CompletedRequest
 from powerband.gateway.routes import ModelRoute, Routes
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 from powerband.http_client.request import Response, bearer, request
+
+logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.4
 _TIMEOUT_S = 3.0
@@ -103,7 +106,10 @@ class GatewayClient:
                     await self._poll()
                     self.error = ""
                 except (OSError, ValueError) as error:
-                    self.error = str(error) or "no response"
+                    text = f"Cannot read the gateway's requests and routes: {str(error) or 'no response'}"
+                    if text != self.error:
+                        logger.warning("%s", text)
+                    self.error = text
             await asyncio.sleep(POLL_INTERVAL_S)
 
     async def _poll(self) -> None:

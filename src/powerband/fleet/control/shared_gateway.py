@@ -53,5 +53,4 @@ class SharedGateway:
             state = "ready"
         elif snapshot is not None and not has_route and is_removed:
             state = "down"
-        note = f"of the service {self.owner}" if not self.client.error else self.client.error
-        return msgspec.structs.replace(found, state=state, note=note)
+        return msgspec.structs.replace(found, state=state, note=self.client.error)

@@ -75,6 +75,8 @@ def status_lines(store: ServiceStore, desired: ServiceSpec) -> list[str]:
     gateway = f"{status.gateway.url}/v1  {status.gateway.state}, pid {status.gateway.pid or 'none'}"
     rows.append(["gateway", f"{gateway}, of {desired.gateway_service}" if desired.gateway_service else gateway])
     rows.append(["promise", promise_text(desired)])
+    if status.gateway.note:
+        rows.append(["", status.gateway.note])
     load, promised = status.load, desired.release.plan["promise"]["rate"]
     rate = f"{load.requests_per_s:.2f} requests/s of {promised:.3g}"
     rows.append(["load", f"{rate}, {load.running} running, {load.queued} queued"])

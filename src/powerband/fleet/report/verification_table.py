@@ -36,10 +36,8 @@ def verification_lines(verified: Verification) -> list[str]:
     if verified.verdict == "unclear":
         lines.append("More requests tell more: --verify-seconds.")
     elif verified.verdict == "kept" and 0 < verified.requests < verified.min_requests:
-        seconds = verified.seconds * verified.min_requests / verified.requests
-        lines.append(
-            f"So few may keep it by chance; {verified.min_requests} tell more: --verify-seconds {1.2 * seconds:.0f}."
-        )
+        more = f"{verified.min_requests} tell more: --verify-seconds {verified.min_seconds:g}"
+        lines.append(f"So few may keep it by chance; {more}.")
     if verified.report:
         lines.append(f"report: {verified.report}")
     return lines

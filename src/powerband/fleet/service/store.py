@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Literal, TypeVar
 
 import msgspec
@@ -30,7 +31,7 @@ from powerband.errors import EnvironmentFault, UsageError
 from powerband.files import make_private_folder, set_aside, write_atomically
 from powerband.fleet.service.spec import ServiceSpec
 from powerband.fleet.service.status import ServiceStatus
-from powerband.folders import state_home
+from powerband.folders import WRITABLE_STATE, state_home
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +97,21 @@ class ServiceStore:
             make_private_folder(self.logs)
             self.path.chmod(0o700)
         except OSError as problem:
-            raise EnvironmentFault(
-                f"Cannot keep state in {self.path}: {problem.strerror}.",
-                hint="POWERBAND_STATE names another folder.",
-                param="name",
-            ) from None
+            raise self._cannot_keep(problem) from None
+
+    def check_can_be_kept(self) -> None:
+        """Whether `create` could make the folder, before minutes of planning. Raises EnvironmentFault."""
+        folder = next(one for one in (self.path, *self.path.parents) if one.exists())
+        try:
+            with NamedTemporaryFile(dir=folder):
+                pass
+        except OSError as problem:
+            raise self._cannot_keep(problem) from None
+
+    def _cannot_keep(self, problem: OSError) -> EnvironmentFault:
+        return EnvironmentFault(
+            f"Cannot keep state in {self.path}: {problem.strerror}.", hint=WRITABLE_STATE, param="name"
+        )
 
     def exists(self) -> bool:
         return (self.path / "desired.json").exists()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from powerband.cost.projections import UNDIVIDED_BLOCKS
 from powerband.planner.report.formatting import (
     BOUND_WORDS,
     banded_seconds,
@@ -13,7 +14,7 @@ from powerband.planner.report.formatting import (
     deployment_text,
     dollars,
 )
-from powerband.planner.results import Evaluation
+from powerband.planner.results import Evaluation, Pruned
 from powerband.spec.deployment import Deployment
 from powerband.spec.slo import SLO
 
@@ -31,13 +32,14 @@ def reasons(
     budget_usd_per_h: float | None,
     unit: str = "requests/s",
     unpriced: Sequence[str] = (),
+    pruned: Sequence[Pruned] = (),
 ) -> tuple[str, ...]:
     """evaluations: all of them. alternatives: 'cheaper', 'faster', 'nearest', see PlanResults. unit: of rates.
 
-    unpriced: devices of which no price is known.
+    unpriced: devices of which no price is known. pruned: what was left out.
     """
     if recommended is None:
-        return tuple(_none(evaluations, alternatives.get("nearest"), slo, rate, budget_usd_per_h))
+        return tuple(_none(evaluations, alternatives.get("nearest"), slo, rate, budget_usd_per_h, pruned))
     return (
         _binding(recommended),
         *_smaller(recommended, evaluations, slo, rate),
@@ -102,8 +104,8 @@ def _changing(chosen: Evaluation, evaluations: Sequence[Evaluation], asked: str,
     capacity = chosen.figures.get("capacity")
     if capacity is not None and capacity.low > 0:
         yield (
-            f"It holds up to {capacity.low:.3g} {unit} (prediction {capacity.value:.3g}, asked {asked}); beyond that, "
-            "plan again."
+            f"It holds at least {capacity.low:.3g} {unit} (prediction {capacity.value:.3g}, asked {asked}); beyond "
+            "that, plan again."
         )
     devices = _devices(chosen.deployment)
     others = [
@@ -150,6 +152,7 @@ def _none(
     slo: SLO,
     rate: float,
     budget_usd_per_h: float | None,
+    pruned: Sequence[Pruned],
 ) -> Iterator[str]:
     meeting = [e for e in evaluations if e.meets_slo and e.usd_per_hour is not None]
     if meeting and budget_usd_per_h is not None:
@@ -161,7 +164,11 @@ def _none(
         return
     if nearest is not None:
         yield f"Nearest is {deployment_text(nearest.deployment)}: {_misses(nearest, slo, rate)}."
-        yield f"What binds there is {BOUND_WORDS[nearest.binds]}."
+        yield f"What binds most of its time is {BOUND_WORDS[nearest.binds]}."
+    undivided = [one for one in pruned if one.reason.startswith(UNDIVIDED_BLOCKS)]
+    if undivided:  # the most ranks come last
+        reason = undivided[-1].reason
+        yield f"With tensor parallelism it would be faster, but the checkpoint does not allow it: {reason}."
 
 
 def _misses(evaluation: Evaluation, slo: SLO, rate: float) -> str:
