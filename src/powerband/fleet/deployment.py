@@ -178,7 +178,7 @@ def _verified(
             plan,
             status.gateway.url,
             model=desired.release.served_name,
-            api_key=options.store.gateway_store.admin_key.read_text().strip(),
+            api_key=options.store.gateway_store.read_admin_key(),
             seconds=options.verify_seconds,
             report=options.report,
             on_progress=watch,

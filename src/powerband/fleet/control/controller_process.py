@@ -150,7 +150,7 @@ def _admin_key(store: ServiceStore) -> str:
             accounts.make_admin_key(store.admin_key, "fleet")
         finally:
             accounts.close()
-    return store.admin_key.read_text().strip()
+    return store.read_admin_key()
 
 
 if __name__ == "__main__":

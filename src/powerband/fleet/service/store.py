@@ -28,7 +28,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.files import make_private_folder, set_aside, write_atomically
+from powerband.files import make_private_folder, open_regular, set_aside, write_atomically
 from powerband.fleet.service.spec import ServiceSpec
 from powerband.fleet.service.status import ServiceStatus
 from powerband.folders import WRITABLE_STATE, state_home
@@ -77,6 +77,16 @@ class ServiceStore:
     def admin_key(self) -> Path:
         return self.path / "admin.key"
 
+    def read_admin_key(self) -> str:
+        """Raises EnvironmentFault when it cannot be read, or is damaged."""
+        try:
+            with open_regular(self.admin_key) as file:
+                return file.readall().decode("ascii").strip()
+        except UnicodeDecodeError:
+            raise EnvironmentFault(f"{self.admin_key} is damaged.", hint=_DAMAGED, param="name") from None
+        except OSError as problem:
+            raise _unusable(self.admin_key, problem) from None
+
     @property
     def incidents(self) -> Path:
         return self.path / "incidents.json"
@@ -114,7 +124,8 @@ class ServiceStore:
         )
 
     def exists(self) -> bool:
-        return (self.path / "desired.json").exists()
+        """Raises EnvironmentFault where this user may not look into the folder."""
+        return _exists(self.path / "desired.json")
 
     def read_spec(self) -> ServiceSpec | None:
         """None: there is no such service. Raises EnvironmentFault when the file is damaged."""
@@ -129,7 +140,7 @@ class ServiceStore:
             return None
 
     def has_status(self) -> bool:
-        return (self.path / "status.json").exists()
+        return _exists(self.path / "status.json")
 
     def set_aside(self, name: str) -> None:
         """Rename a damaged file of the service to NAME.damaged."""
@@ -169,8 +180,11 @@ class ServiceStore:
         return self.path / "controller.lock"
 
     def controller_state(self) -> Literal["alive", "hung", "none"]:
-        """hung: a process holds the controller's lock, but has sent no heartbeat for HEARTBEAT_TIMEOUT_S."""
-        if not self.controller_lock.exists():
+        """hung: a process holds the controller's lock, but has sent no heartbeat for HEARTBEAT_TIMEOUT_S.
+
+        Raises EnvironmentFault where this user may not open the lock.
+        """
+        if not _exists(self.controller_lock):
             return "none"
         try:
             with lock(self.controller_lock):
@@ -212,9 +226,12 @@ class ServiceStore:
 
 
 def services() -> list[ServiceStore]:
-    """All services of this user, by name."""
+    """All services of this user, by name. Raises EnvironmentFault where this user may not look into their folders."""
     home = state_home()
-    found = [ServiceStore(path) for path in home.iterdir() if path.is_dir()] if home.is_dir() else []
+    try:
+        found = [ServiceStore(path) for path in home.iterdir() if path.is_dir()] if home.is_dir() else []
+    except OSError as problem:
+        raise _unusable(home, problem) from None
     return sorted((folder for folder in found if folder.exists()), key=lambda folder: folder.name)
 
 
@@ -262,9 +279,9 @@ def endpoint(name: str | None, old_flag: str | None = None) -> tuple[str, str]:
     folder = find_service(name, old_flag)
     folder = folder.gateway_store
     status = folder.read_status()
-    if status is None or not folder.admin_key.exists():
+    if status is None or not _exists(folder.admin_key):
         raise EnvironmentFault(f"The gateway of {folder.name} has not started yet.", param="name")
-    return status.gateway.url, folder.admin_key.read_text().strip()
+    return status.gateway.url, folder.read_admin_key()
 
 
 def services_behind(owner: ServiceStore) -> list[ServiceStore]:
@@ -277,9 +294,13 @@ def services_behind(owner: ServiceStore) -> list[ServiceStore]:
 def lock(path: Path, *, wait_s: float = 0.0) -> Iterator[int]:
     """Hold the file's lock; the kernel releases it when the process ends.
 
-    Raises BlockingIOError when another process still holds it after `wait_s`.
+    Raises BlockingIOError when another process still holds it after `wait_s`, and EnvironmentFault when the file cannot
+    be opened: another user's, a read-only disk.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as problem:
+        raise _unusable(path, problem) from None
     deadline_s = time.monotonic() + wait_s
     try:
         while True:
@@ -303,8 +324,26 @@ def write_json(path: Path, value: object, *, durable: bool = True) -> None:
 
 def _read(path: Path, kind: type[Kind]) -> Kind | None:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        with open_regular(path) as file:
+            return msgspec.json.decode(file.readall(), type=kind)
     except FileNotFoundError:
         return None
+    except PermissionError as problem:
+        raise _unusable(path, problem) from None
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as problem:
         raise EnvironmentFault(f"{path} is damaged: {problem}.", hint=_DAMAGED, param="name") from None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as problem:
+        raise _unusable(path, problem) from None
+
+
+def _unusable(path: Path, problem: OSError) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"Cannot use {path}: {problem.strerror}.",
+        hint="Run the command as the user who deployed the service, or name another state folder with POWERBAND_STATE.",
+        param="name",
+    )
