@@ -22,6 +22,7 @@ from typing import IO, Any, cast
 import msgspec
 
 from powerband.errors import EnvironmentFault
+from powerband.worker_loop import ALARM_SIGNALS, WALL_TIME_FACTOR
 
 # What a worker needs to find Python, the package and the local time. Nothing secret is handed on.
 _ENVIRONMENT = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV")
@@ -33,7 +34,7 @@ _ALARM_MARGIN_S = 0.5  # after a worker's own alarm
 class WorkerLimits:
     """Bounds on the work for one request."""
 
-    seconds: float = 2.0
+    seconds: float = 2.0  # of CPU time; by the clock, WALL_TIME_FACTOR times as many
     memory_bytes: int = 512 * 2**20
     max_workers: int = 4
     start_seconds: float = 20.0  # a worker's start, on a machine that is busy
@@ -81,11 +82,12 @@ class WorkerProcess:
         answer: dict[str, Any] = json.loads(self._receive(size, deadline_s))
         return answer
 
-    def kill(self) -> None:
+    def kill(self) -> bool:
+        """Whether its own alarm had ended it already."""
         self._process.kill()
         self._in.close()
         self._out.close()
-        self._process.wait()
+        return -self._process.wait() in ALARM_SIGNALS
 
     def _send(self, data: memoryview, deadline_s: float) -> None:
         while data:
@@ -141,17 +143,17 @@ class WorkerPool:
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """The answer of a worker; with "error" and "kind": "limit" where it took too much time or memory.
 
-        Blocks for a little more than the time limit, at most twice where a worker was lost. Work that takes too long is
-        ended by the worker's own alarm. A worker that ended earlier, or is silent even after that, was killed or
-        stopped. Raises EnvironmentFault where no worker becomes free, or one cannot start.
+        Blocks for the time limit, or `WALL_TIME_FACTOR` times that where the cores are busy, at most twice where a
+        worker was lost. Work that takes too long is ended by the worker's own alarm. A worker that ended otherwise, or
+        is silent even after that, was killed or stopped. Raises EnvironmentFault where no worker becomes free, or one
+        cannot start.
         """
         for is_last in (not self._is_retried, True):
-            worker, began_s = self._take(), time.monotonic()
+            worker = self._take()
             try:
-                answer = worker.ask(request, self._limits.seconds + _ALARM_MARGIN_S)
+                answer = worker.ask(request, self._limits.seconds * WALL_TIME_FACTOR + _ALARM_MARGIN_S)
             except TimedOut:
-                self._discard(worker)
-                is_alarm = self._limits.seconds <= time.monotonic() - began_s < self._limits.seconds + _ALARM_MARGIN_S
+                is_alarm = self._discard(worker)
                 if is_alarm or is_last:
                     break
             except BaseException:
@@ -160,7 +162,10 @@ class WorkerPool:
             else:
                 self._give_back(worker)
                 return answer
-        return {"error": f"it took longer than {self._limits.seconds:g} s or too much memory", "kind": "limit"}
+        return {
+            "error": f"it took more than {self._limits.seconds:g} s of CPU time or too much memory",
+            "kind": "limit",
+        }
 
     def close(self) -> None:
         """End the workers. Requests in progress finish first."""
@@ -188,9 +193,11 @@ class WorkerPool:
         if not self._finalizer.alive:
             _kill_all(self._idle)
 
-    def _discard(self, worker: WorkerProcess) -> None:
-        worker.kill()
+    def _discard(self, worker: WorkerProcess) -> bool:
+        """Whether its own alarm had ended it."""
+        is_alarm = worker.kill()
         self._forget_one()
+        return is_alarm
 
     def _forget_one(self) -> None:
         with self._condition:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from powerband.engine.lora.checkpoint import AdapterReader
 from powerband.engine.lora.config import parse_adapter_config
 from powerband.engine.lora.targets import adapter_targets
+from powerband.engine.model_loader.checkpoint import _local_model, resolve_adapter
 from powerband.errors import PowerbandError
 from powerband.spec.model.reader import read_model_spec
 
@@ -214,6 +215,16 @@ def test_pickled_weights_are_never_loaded(good: Path, tmp_path: Path) -> None:
     with pytest.raises(PowerbandError) as caught:
         reader(good).read(tmp_path)
     assert caught.value.code == "pickled_weights"
+
+
+@pytest.mark.parametrize("name", ["/" + 300 * "x", 5000 * "x"])
+def test_a_name_that_no_folder_can_have_is_refused(name: str) -> None:
+    with pytest.raises(PowerbandError) as caught:
+        resolve_adapter(name)
+    assert caught.value.code == "adapter_not_found"
+    with pytest.raises(PowerbandError) as caught:
+        _local_model(name)
+    assert caught.value.code == "model_not_found"
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])

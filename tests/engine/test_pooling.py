@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import sentence_models as models
 from engines_for_tests import TestEngine
+from safetensors.torch import load_file, save_file
 from sentence_models import HIDDEN, TEXTS, Floats, dense, normalize
 
 from powerband.core.loop import Add
@@ -118,6 +119,21 @@ def test_a_preempted_prompt_gives_the_same_vector(checkpoints: dict[str, Path]) 
                 break
         assert max(output.num_preemptions for output in outputs.values()) == 1
         np.testing.assert_allclose(vectors([outputs[id] for id in ids]), expected, atol=CLOSE)
+
+
+def test_a_vector_that_is_not_finite_fails_its_request_alone(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoints["last"], tmp_path / "damaged")
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer is not None
+    tensors = load_file(folder / "model.safetensors")
+    [embedding] = [tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight")]
+    embedding[tokenizer.encode("x")] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with TestEngine(folder) as engine:
+        damaged, good = embed(engine, folder, ["x", "A list"])
+    assert damaged.error is not None
+    assert (damaged.error.code, damaged.vector) == ("not_finite", None)
+    np.testing.assert_allclose(vectors([good]), models.expected(checkpoints["last"], ["A list"]), atol=CLOSE)
 
 
 def test_dimensions_are_cut_before_the_length_becomes_one(checkpoints: dict[str, Path]) -> None:

@@ -42,7 +42,8 @@ class GrammarCompiler:
         """The grammar of what a request asks for. Raises InvalidRequest naming the place, or for a tokenizer with which
         there are no grammars, and EnvironmentFault.
 
-        Blocks until it is compiled, for a second at most. places: what errors call the fields of `outputs`.
+        Blocks until it is compiled: for a second at most, or some where the cores are busy. places: what errors call
+        the fields of `outputs`.
         """
         given = {item.name: getattr(outputs, item.name) for item in fields(outputs)}
         request = {"outputs": given, "places": dict(places or {})}

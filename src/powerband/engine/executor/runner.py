@@ -21,7 +21,7 @@ from powerband.engine.models.registry import Model
 from powerband.engine.pooling.pooler import Pooler, PoolingState, PromptChunk
 from powerband.engine.sampling.logits import to_device
 from powerband.engine.sampling.logprobs import prompt_logprobs
-from powerband.engine.sampling.sampler import Sampled, Sampler
+from powerband.engine.sampling.sampler import Sampled, Sampler, not_finite
 from powerband.errors import InvalidRequest, PowerbandError
 from powerband.structured.compiled import Grammars
 
@@ -59,11 +59,15 @@ class PendingStep:
         return outcome
 
     def _pooled(self) -> dict[str, bytes]:
-        """The vectors of each forward pass, copied from the device at once."""
+        """The vectors of each forward pass, copied from the device at once. One that is not finite is a failure."""
         found: dict[str, bytes] = {}
         for ids, vectors in self.vectors:
             parts = torch.split(torch.cat(vectors).cpu(), [len(vector) for vector in vectors])
-            found |= {id: part.numpy().tobytes() for id, part in zip(ids, parts, strict=True)}
+            for id, part in zip(ids, parts, strict=True):
+                if part.isfinite().all():
+                    found[id] = part.numpy().tobytes()
+                else:
+                    self.failed[id] = not_finite("vector is not of")
         return found
 
 

@@ -60,10 +60,10 @@ def _local_model(name: str) -> Path | None:
 
     Raises EnvironmentFault for a name that is neither.
     """
-    if name == "demo" and not Path(name).is_dir():
+    if name == "demo" and not _is_folder(Path(name)):
         return Path(str(files("powerband") / "demo"))
     path = expand_user(name)
-    if path.is_dir():
+    if _is_folder(path):
         return path
     if _is_hub_id(name):
         return None
@@ -78,7 +78,7 @@ def _local_model(name: str) -> Path | None:
 def resolve_adapter(name: str) -> Path:
     """The folder of a LoRA adapter: on this machine, or fetched from the hub. Raises EnvironmentFault."""
     path = expand_user(name)
-    if path.is_dir():
+    if _is_folder(path):
         return path
     if not _is_hub_id(name):
         raise EnvironmentFault(
@@ -91,6 +91,13 @@ def resolve_adapter(name: str) -> Path:
         return _fetch(name, None, lambda: list(ADAPTER_FILES), ())
     except EnvironmentFault as problem:
         raise EnvironmentFault(problem.message, hint=problem.hint, code="adapter_not_found", param="lora") from problem
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # its name is too long, or it may not be looked at
+        return False
 
 
 def _is_hub_id(name: str) -> bool:

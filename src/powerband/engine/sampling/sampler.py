@@ -264,8 +264,12 @@ def _failure(peak: float) -> ErrorInfo:
             "Ask for less, or allow more tokens.",
             http_status=400,
         )
+    return not_finite("logits are not")
+
+
+def not_finite(what: str) -> ErrorInfo:
     return ErrorInfo(
         "not_finite",
-        "The model's logits are not finite numbers.",
+        f"The model's {what} finite numbers.",
         "The checkpoint may be damaged, or its values overflow this dtype: try dtype=bfloat16 or float32.",
     )
