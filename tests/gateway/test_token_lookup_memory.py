@@ -49,17 +49,22 @@ def routes(budget: ResponseBudget) -> TokenCountRoutes:
     pool = SimpleNamespace(snapshot=lambda: SimpleNamespace(replicas=[SimpleNamespace(id="r", state="ready")]))
     served = SimpleNamespace(route=SimpleNamespace(name="m", replicas=[replica]), pool=pool)
 
-    async def read(request: Request, decode: Callable[[bytes], Any]) -> Any:
-        return decode(await read_body(request, 1 << 20))
+    async def decoded(_request: Request, data: bytes, decode: Callable[[bytes], Any]) -> Any:
+        return decode(data)
 
     gateway: Any = SimpleNamespace(
-        read=read,
+        read_body=lambda request: read_body(request, 1 << 20),
+        decode=decoded,
         served=lambda _: served,
         upstream=Upstream(),
         response_budget=budget,
         response_scanner=ResponseScanner(),
     )
-    accounts: Any = SimpleNamespace(limits=Limits({}), usage_log=SimpleNamespace(note=lambda _: None))
+    accounts: Any = SimpleNamespace(
+        limits=Limits({}),
+        usage_log=SimpleNamespace(note=lambda _: None),
+        responses=SimpleNamespace(on=False),
+    )
     return TokenCountRoutes(gateway, accounts)
 
 
