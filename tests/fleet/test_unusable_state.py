@@ -10,6 +10,7 @@ import pytest
 from fleet_for_tests import release
 
 from powerband.cli.main import main
+from powerband.errors import EnvironmentFault
 from powerband.fleet.service.spec import GatewaySpec, ServiceSpec
 from powerband.fleet.service.store import ServiceStore
 
@@ -62,3 +63,12 @@ def test_a_fifo_in_place_of_a_file_is_refused_and_not_waited_for(
     os.mkfifo(store.path / "desired.json")
     assert main(command) == 3
     assert "it is not a regular file" in capsys.readouterr().err
+
+
+def test_a_folder_that_this_user_may_not_look_into_is_said_before_anything_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POWERBAND_STATE", str(tmp_path / "state"))
+    forbid(tmp_path, monkeypatch)
+    with pytest.raises(EnvironmentFault, match=r"Cannot keep state in .*: Permission denied"):
+        ServiceStore.named("demo").check_can_be_kept()

@@ -111,8 +111,8 @@ class ServiceStore:
 
     def check_can_be_kept(self) -> None:
         """Whether `create` could make the folder, before minutes of planning. Raises EnvironmentFault."""
-        folder = next(one for one in (self.path, *self.path.parents) if one.exists())
         try:
+            folder = next(one for one in (self.path, *self.path.parents) if one.exists())
             with NamedTemporaryFile(dir=folder):
                 pass
         except OSError as problem:

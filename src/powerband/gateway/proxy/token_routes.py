@@ -84,16 +84,10 @@ class TokenCountRoutes:
             stored = self._accounts.responses
             if endpoint == "input_tokens" and stored.on:  # otherwise a replica refuses previous_response_id
                 data = (await with_conversation(self._gateway, stored, request, data)).data
-            name = (await self._gateway.decode(request, data, _with_name)).model
+            name = await self._gateway.decode(request, data, _model_of)
             return await self._answer(request, endpoint, data, name)
 
-    async def _answer(
-        self,
-        request: Request,
-        endpoint: TokenEndpoint,
-        data: bytes,
-        name: str | None,
-    ) -> Response:
+    async def _answer(self, request: Request, endpoint: TokenEndpoint, data: bytes, name: str | None) -> Response:
         """name: of the model, as the request has it."""
         served, key = self._gateway.served(name), request.state.key
         gateway_request = GatewayRequest(
@@ -212,8 +206,9 @@ class TokenCountRoutes:
         self._accounts.usage_log.note(finished)
 
 
-def _with_name(data: bytes) -> _ModelField:
-    return decode(data, _ModelField)
+def _model_of(data: bytes) -> str | None:
+    """The name of the model in a body. Raises InvalidRequest."""
+    return decode(data, _ModelField).model
 
 
 def _is_object(response: bytes) -> bool:
